@@ -1,0 +1,224 @@
+"""DATA specs → batches of preprocessed images, with or without labels."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convpare.array_data import load_digits, load_npz
+from convpare.cifar_data import load_cifar
+from convpare.errors import ConvpareError
+from convpare.folders import load_folder
+from convpare.preprocessing import Preprocessing
+from convpare.splits import Split, Splits
+
+__all__ = ["DATA_FORMS", "Data", "ImageSet", "Preprocessing", "load_data"]
+
+DATA_FORMS = (
+    "digits (scikit-learn's 8x8 digits)",
+    "cifar10:FOLDER or cifar100:FOLDER",
+    "FOLDER of class folders, of train/ and val/ or test/, or of images without labels",
+    "FILE.npz with images and labels",
+)
+_IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """The images of one split, preprocessed when they are read.
+
+    Attributes:
+        name: `train` or `test`.
+        split: the stored images and their labels.
+        preprocessing: what happens to the pixels.
+        num_classes: how many classes the labels come from; None if that is not known.
+
+    Raises:
+        ConvpareError: on construction, if the preprocessing does not suit the images, or leaves them in several sizes.
+    """
+
+    name: str
+    split: Split
+    preprocessing: Preprocessing
+    num_classes: int | None
+
+    def __post_init__(self) -> None:
+        if self.preprocessing.channels != self.split.pixels.channels:
+            raise ConvpareError(
+                f"the {self.name} images have {self.split.pixels.channels} channel(s), but mean and std have "
+                f"{self.preprocessing.channels} value(s) each ({self.preprocessing.mean}, {self.preprocessing.std}); "
+                "give one value a channel with --mean and --std, or choose a model made for such images."
+            )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        first: tuple[str, tuple[int, int]] | None = None
+        for name, height, width in self.split.pixels.sizes():
+            try:
+                size = self.preprocessing.fitted(height, width)
+            except ConvpareError as error:
+                raise ConvpareError(f"{name}: {error}") from error
+            if first is None:
+                first = name, size
+            elif size != first[1]:
+                raise ConvpareError(
+                    f"all images must have one size, but {first[0]} has {first[1][0]}x{first[1][1]} and {name} has "
+                    f"{size[0]}x{size[1]} pixels: give --resize and --crop, such as --resize 256 --crop 224."
+                )
+
+    def __len__(self) -> int:
+        return len(self.split.pixels)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(n,) int64, or None."""
+        return self.split.labels
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of the images are known."""
+        return self.split.labels is not None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one preprocessed image."""
+        _, height, width = next(iter(self.split.pixels.sizes()))
+        return (self.split.pixels.channels, *self.preprocessing.fitted(height, width))
+
+    def batches(
+        self, batch_size: int = 256, *, limit: int | None = None, seed: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield (images, labels): float32 (b, c, h, w) and int64 (b,), or None without labels.
+
+        Args:
+            batch_size: images in a batch; the last one may have fewer.
+            limit: stop after this many images; None for all of them.
+            seed: shuffle by a generator of its own, the same way for the same seed, before `limit` cuts. None keeps the
+                stored order, in which the images of a folder are sorted by class.
+
+        Raises:
+            ConvpareError: `batch_size` or `limit` is below 1, or a file cannot be decoded.
+        """
+        if batch_size < 1:
+            raise ConvpareError(f"batch_size is {batch_size}; it must be 1 or more.")
+        order = self._order(limit, seed)
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            images = self.preprocessing.normalise(self.split.pixels.read(indices.tolist(), self.preprocessing.fit))
+            yield images, None if self.split.labels is None else self.split.labels[indices]
+
+    def tensor(self, limit: int | None = None, seed: int | None = None) -> Tensor:
+        """The images that `batches` yields for the same arguments, as one (n, c, h, w) float32 tensor."""
+        return torch.cat([images for images, _ in self.batches(limit=limit, seed=seed)])
+
+    def _order(self, limit: int | None, seed: int | None) -> Tensor:
+        if limit is not None and limit < 1:
+            raise ConvpareError(f"limit is {limit}; it must be 1 or more, or None for all images.")
+        if seed is None:
+            return torch.arange(len(self))[:limit]
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Images to calibrate with and, if their labels are known, images to test on.
+
+    Attributes:
+        spec: what `load_data` was given.
+        preprocessing: what happens to the pixels of both splits.
+        train: calibration images, never test images.
+        test: labelled test images; None if there are no labels.
+        num_classes: how many classes the labels come from; None if there are no labels.
+        skipped: files that are no images, each with the reason.
+        note: how the splits were made, one sentence.
+    """
+
+    spec: str
+    preprocessing: Preprocessing
+    train: ImageSet
+    test: ImageSet | None
+    num_classes: int | None
+    skipped: tuple[str, ...]
+    note: str
+
+    def with_preprocessing(self, preprocessing: Preprocessing) -> "Data":
+        """The same images, preprocessed otherwise, such as an artifact says.
+
+        Raises:
+            ConvpareError: the preprocessing does not suit the images.
+        """
+        test = None if self.test is None else replace(self.test, preprocessing=preprocessing)
+        return replace(
+            self, preprocessing=preprocessing, train=replace(self.train, preprocessing=preprocessing), test=test
+        )
+
+
+def load_data(
+    spec: str,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    default: Preprocessing | None = None,
+    classes: str | Path | None = None,
+) -> Data:
+    """Open a data set.
+
+    Args:
+        spec: `digits`, `cifar10:FOLDER`, `cifar100:FOLDER`, a folder of images or an .npz file; see `DATA_FORMS`.
+        mean: one number a channel, for pixels in [0, 1].
+        std: one number a channel.
+        resize: pixels of the shorter side, before cropping.
+        crop: pixels of the central square.
+        default: what the model wants; it fills in for what is not given above. Without it the data set's own default
+            does: ImageNet's mean and std for three channels, else 0 and 1.
+        classes: the index of every class folder, see `convpare.folders.load_folder`.
+
+    Raises:
+        ConvpareError: the spec is of no known form, there are no images, or they do not suit the preprocessing.
+    """
+    splits = _read(spec, classes)
+    base = default or _default(splits.train.pixels.channels)
+    preprocessing = Preprocessing(
+        tuple(base.mean if mean is None else mean),
+        tuple(base.std if std is None else std),
+        base.resize if resize is None else resize,
+        base.crop if crop is None else crop,
+    )
+    train = ImageSet("train", splits.train, preprocessing, splits.num_classes)
+    test = None if splits.test is None else ImageSet("test", splits.test, preprocessing, splits.num_classes)
+    if test is not None and test.shape != train.shape:
+        raise ConvpareError(
+            f"training images are {train.shape}, test images {test.shape} (channels, height, width): "
+            "give --resize and --crop."
+        )
+    return Data(spec, preprocessing, train, test, splits.num_classes, splits.skipped, splits.note)
+
+
+def _read(spec: str, classes: str | Path | None) -> Splits:
+    name, colon, folder = spec.partition(":")
+    path = Path(spec)
+    if path.is_dir() and spec != "digits":
+        return load_folder(path, classes)
+    if classes is not None:
+        raise ConvpareError(f"--classes only says the order of class folders; {spec!r} is not a folder of images.")
+    if spec == "digits":
+        return load_digits()
+    if colon and name in ("cifar10", "cifar100"):
+        return load_cifar(Path(folder), int(name.removeprefix("cifar")))
+    if path.is_file() and path.suffix == ".npz":
+        return load_npz(path)
+    near = difflib.get_close_matches(name, ("digits", "cifar10", "cifar100"), 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    problem = "is neither a folder nor an .npz file" if path.exists() else "does not exist"
+    raise ConvpareError(f"data {spec!r} {problem}.{hint} Valid forms: {'; '.join(DATA_FORMS)}.")
+
+
+def _default(channels: int) -> Preprocessing:
+    if channels == 3:
+        return _IMAGENET
+    return Preprocessing((0.0,) * channels, (1.0,) * channels)

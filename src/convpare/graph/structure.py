@@ -1,0 +1,145 @@
+"""What a trace yields: the coupled channels of a network as plain data, and what they cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from convpare.errors import ConvpareError
+
+Axis = tuple[str, int]
+"""A parameter or buffer (its name in the model) and one of its dimensions."""
+
+Mender = Callable[[nn.Module, np.ndarray], None]
+"""Mends a module's numbers: takes the module and the mask of its output channels that stay, shape (channels,)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer. Its weight keeps PyTorch's layout, so MACs = positions · numel(weight)."""
+
+    name: str
+    kind: str  # "conv", "conv_transpose" or "linear"
+    weight: str
+    bias: str | None
+    out_axis: int
+    in_axis: int
+    positions: int  # how often the whole kernel is applied for the example inputs, all calls and the batch included
+    outputs: int  # output elements per output channel, likewise
+    groups: int
+
+    @property
+    def out(self) -> Axis:
+        return self.weight, self.out_axis
+
+    @property
+    def into(self) -> Axis:
+        return self.weight, self.in_axis
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that may go one by one, each with everything that is coupled to it; all of one kind.
+
+    `units` is the range of the group's channels in the graph's numbering of all removable channels.
+    """
+
+    name: str
+    start: int
+    channels: int
+    producers: tuple[str, ...]  # layers whose output channels these are, in the order of execution
+    consumers: tuple[str, ...]  # layers that read them
+
+    @property
+    def units(self) -> slice:
+        return slice(self.start, self.start + self.channels)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Output channels of a layer that must stay, and why."""
+
+    layer: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mend:
+    """A module with a number in its forward that its mender keeps true; `units` of its output, -1 where fixed."""
+
+    module: str
+    units: np.ndarray
+    mender: Mender
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The structure of a network: groups of coupled channels, layers, and what is frozen and why.
+
+    `units` says for every axis of every parameter and buffer which removable channel (unit) each index belongs to,
+    -1 where it stays. A unit is removed everywhere or nowhere; units are numbered group by group.
+    """
+
+    model: str
+    inputs: tuple[tuple[int, ...], ...]
+    shapes: Mapping[str, tuple[int, ...]]  # of parameters and buffers, by name
+    parameters: frozenset[str]
+    aliases: Mapping[str, str]  # other names of tied parameters → the name used here
+    units: Mapping[Axis, np.ndarray]
+    groups: tuple[Group, ...]
+    layers: tuple[Layer, ...]
+    frozen: tuple[Frozen, ...]
+    mends: tuple[Mend, ...]
+    not_counted: Mapping[str, int]  # operator → how often it runs, of those that multiply and are not in `layers`
+    unreached: tuple[str, ...]  # modules with parameters that the forward does not use in evaluation mode
+
+    @property
+    def channels(self) -> int:
+        """The number of all removable channels."""
+        return sum(g.channels for g in self.groups)
+
+    def layer(self, name: str) -> Layer:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise ConvpareError(f"no layer {name!r} in {self.model}; its layers are {_some(x.name for x in self.layers)}")
+
+    def group(self, name: str) -> Group:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise ConvpareError(f"no group {name!r} in {self.model}; its groups are {_some(g.name for g in self.groups)}")
+
+    def keep_all(self) -> np.ndarray:
+        """The mask that keeps every removable channel, shape (channels,)."""
+        return np.ones(self.channels, bool)
+
+    def kept(self, axis: Axis, keep: np.ndarray) -> np.ndarray:
+        """The indices of `axis` that stay under the mask `keep` (channels,)."""
+        units = self.units.get(axis)
+        if units is None:
+            return np.arange(self.shapes[axis[0]][axis[1]])
+        return np.flatnonzero((units < 0) | keep[units])
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "model": self.model,
+            "inputs": [list(shape) for shape in self.inputs],
+            "layers": [
+                {"name": x.name, "kind": x.kind, "weight": list(self.shapes[x.weight])} for x in self.layers
+            ],
+            "groups": [
+                {"name": g.name, "channels": g.channels, "producers": list(g.producers), "consumers": list(g.consumers)}
+                for g in self.groups
+            ],
+            "frozen": [{"layer": f.layer, "channels": f.channels, "reason": f.reason} for f in self.frozen],
+            "not_counted": dict(self.not_counted),
+            "unreached": list(self.unreached),
+        }
+
+
+def _some(names: Sequence[str] | object, limit: int = 8) -> str:
+    listed = list(names)  # type: ignore[call-overload]
+    return ", ".join(listed[:limit]) + (f", … ({len(listed)} in all)" if len(listed) > limit else "")

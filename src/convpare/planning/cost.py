@@ -1,0 +1,103 @@
+"""What a network costs, for any choice of channels: the planner's prediction and the counter are one computation.
+
+MACs are multiply-accumulates of convolutions and linear layers, for the traced example inputs, batch included; biases,
+normalisation, activations, pooling and the operators in `Graph.not_counted` are not counted. Parameters exclude buffers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from convpare.graph.capture import Inputs
+from convpare.graph.structure import Graph, Layer
+from convpare.graph.trace import trace
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs, parameters, and activations (output elements of the counted layers)."""
+
+    macs: int
+    params: int
+    activations: int
+
+    def to_json(self) -> dict[str, int]:
+        return {"macs": self.macs, "params": self.params, "activations": self.activations}
+
+
+@dataclass(frozen=True)
+class Count:
+    """The cost of a network, layer by layer and in total, and what was not counted."""
+
+    total: Cost
+    layers: Mapping[str, Cost]
+    not_counted: Mapping[str, int]
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in self.layers] + [5])
+        rows = [f"{'layer':<{width}} {'MACs':>15} {'parameters':>12} {'activations':>12}"]
+        for name, cost in [*self.layers.items(), ("total", self.total)]:
+            rows.append(f"{name:<{width}} {cost.macs:>15,} {cost.params:>12,} {cost.activations:>12,}")
+        if self.not_counted:
+            rows.append("not counted: " + ", ".join(f"{name} ×{n}" for name, n in self.not_counted.items()))
+        return "\n".join(rows)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            **self.total.to_json(),
+            "layers": {name: cost.to_json() for name, cost in self.layers.items()},
+            "not_counted": dict(self.not_counted),
+        }
+
+
+def count(model: nn.Module, example_inputs: Inputs) -> Count:
+    """MACs, parameters and activations of `model` for `example_inputs`, batch included.
+
+    Only what runs in evaluation mode counts towards MACs; parameters are all of the model's, each tied one once. The
+    parameters of layers other than convolutions and linear layers stand in the total only.
+
+    Raises:
+        ConvpareError: the model does not run on these inputs or cannot be captured.
+    """
+    return count_graph(trace(model, example_inputs))
+
+
+def count_graph(graph: Graph) -> Count:
+    """As `count`, of a model that is traced already."""
+    keep = graph.keep_all()
+    layers = {layer.name: layer_cost(graph, layer, keep) for layer in graph.layers}
+    return Count(total_cost(graph, keep), layers, graph.not_counted)
+
+
+def layer_cost(graph: Graph, layer: Layer, keep: np.ndarray) -> Cost:
+    """The cost of one layer under the mask `keep` (channels,)."""
+    weight = _numel(graph, layer.weight, keep)
+    bias = _numel(graph, layer.bias, keep) if layer.bias else 0
+    return Cost(layer.positions * weight, weight + bias, layer.outputs * out_channels(graph, layer, keep))
+
+
+def out_channels(graph: Graph, layer: Layer, keep: np.ndarray) -> int:
+    """The output channels of a layer under the mask `keep` (channels,)."""
+    slots = len(graph.kept(layer.out, keep))
+    if layer.kind != "conv_transpose" or layer.groups == 1:
+        return slots
+    if slots > 1:
+        return slots * layer.groups
+    inputs = graph.shapes[layer.weight][layer.in_axis]  # depthwise: whole groups go
+    return len(graph.kept(layer.into, keep)) // (inputs // layer.groups)
+
+
+def total_cost(graph: Graph, keep: np.ndarray) -> Cost:
+    """The cost of the whole network under the mask `keep` (channels,)."""
+    layers = [layer_cost(graph, layer, keep) for layer in graph.layers]
+    params = sum(_numel(graph, name, keep) for name in graph.parameters)
+    return Cost(sum(c.macs for c in layers), params, sum(c.activations for c in layers))
+
+
+def _numel(graph: Graph, name: str, keep: np.ndarray) -> int:
+    numel = 1
+    for axis in range(len(graph.shapes[name])):
+        numel *= len(graph.kept((name, axis), keep))
+    return numel

@@ -1,0 +1,201 @@
+"""The plan: pure data, what to remove and what it will cost. It prints as a table, is JSON, and can be edited."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convpare.errors import ConvpareError
+from convpare.graph.structure import Graph
+from convpare.planning.cost import Cost, total_cost
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RemoveChannels:
+    """Keep these channels of a group and remove the others, everywhere.
+
+    `error` is what the criterion says of the removed ones: its scores summed (QSFM: their similarity).
+    """
+
+    group: str
+    keep: tuple[int, ...]
+    channels: int
+    error: float | None = None
+
+    @property
+    def removed(self) -> int:
+        return self.channels - len(self.keep)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"edit": "remove_channels", "group": self.group, "channels": self.channels,
+                "keep": list(self.keep), "error": self.error}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A list of edits with the budget that was asked for and the cost that they lead to.
+
+    `requested` has the budgets as fractions of `before`; `after` is exact, not an estimate.
+    """
+
+    model: str
+    inputs: tuple[tuple[int, ...], ...]
+    criterion: str
+    options: Mapping[str, Any]
+    requested: Mapping[str, float]
+    before: Cost
+    after: Cost
+    edits: tuple[RemoveChannels, ...] = field(default=())
+
+    @property
+    def achieved(self) -> dict[str, float]:
+        """Cost after over cost before, by metric."""
+        return {
+            "macs": self.after.macs / max(self.before.macs, 1),
+            "params": self.after.params / max(self.before.params, 1),
+        }
+
+    def keep(self, graph: Graph) -> np.ndarray:
+        """The mask over the graph's removable channels, shape (channels,), that stay.
+
+        Raises:
+            ConvpareError: a group of the plan is not in the graph, or has another number of channels there.
+        """
+        mask = graph.keep_all()
+        for edit in self.edits:
+            group = graph.group(edit.group)
+            if group.channels != edit.channels:
+                raise ConvpareError(
+                    f"the plan was made for {edit.channels} channels in group {edit.group!r}, this model has "
+                    f"{group.channels}; make a plan for this model"
+                )
+            mask[group.units] = False
+            mask[group.start + np.asarray(edit.keep, int)] = True
+        return mask
+
+    def without(self, groups: Sequence[str], graph: Graph) -> "Plan":
+        """The plan without its edits of these groups, its cost made true."""
+        kept = replace(self, edits=tuple(e for e in self.edits if e.group not in groups))
+        return replace(kept, after=total_cost(graph, kept.keep(graph)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "inputs": [list(shape) for shape in self.inputs],
+            "criterion": self.criterion,
+            "options": dict(self.options),
+            "requested": dict(self.requested),
+            "achieved": self.achieved,
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "edits": [edit.to_json() for edit in self.edits],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @staticmethod
+    def from_json(data: object) -> "Plan":
+        """The plan that `to_json` wrote, checked field by field.
+
+        Raises:
+            ConvpareError: a field is missing or of another type, the schema is newer, or an edit keeps channels twice,
+                out of range, or none at all.
+        """
+        return _read_plan(data)
+
+    def __str__(self) -> str:
+        rows = [
+            f"plan for {self.model} on {' '.join('×'.join(map(str, s)) for s in self.inputs)}, criterion {self.criterion}",
+            f"{'':<12}{'before':>16}{'after':>16}{'achieved':>10}{'requested':>11}",
+        ]
+        for metric in ("macs", "params"):
+            wanted = self.requested.get(metric)
+            rows.append(
+                f"{metric:<12}{getattr(self.before, metric):>16,}{getattr(self.after, metric):>16,}"
+                f"{self.achieved[metric]:>10.4f}{'-' if wanted is None else format(wanted, '.4f'):>11}"
+            )
+        width = max([len(e.group) for e in self.edits] + [5])
+        rows.append(f"{'group':<{width}} {'channels':>9} {'kept':>6}  removed")
+        for edit in self.edits:
+            rows.append(f"{edit.group:<{width}} {edit.channels:>9} {len(edit.keep):>6}  {_share(edit)}")
+        return "\n".join(rows)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan that was saved as JSON.
+
+    Raises:
+        ConvpareError: the file is missing, is not JSON, or is not a plan.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ConvpareError(f"no plan at {path}") from error
+    except (UnicodeDecodeError, ValueError, RecursionError, OSError) as error:
+        raise ConvpareError(f"{path} is not a plan: it cannot be read as JSON ({error})") from error
+    return Plan.from_json(data)
+
+
+def _share(edit: RemoveChannels) -> str:
+    filled = round(20 * edit.removed / edit.channels)
+    return "█" * filled + "░" * (20 - filled) + f" {100 * edit.removed / edit.channels:5.1f} %"
+
+
+def _read_plan(data: object) -> Plan:
+    plan = _typed(data, dict, "a plan")
+    schema = _get(plan, "schema", int)
+    if schema != SCHEMA:
+        raise ConvpareError(f"the plan has schema {schema}, this version reads schema {SCHEMA}; update convpare")
+    return Plan(
+        model=_get(plan, "model", str),
+        inputs=tuple(tuple(_ints(shape, "inputs")) for shape in _get(plan, "inputs", list)),
+        criterion=_get(plan, "criterion", str),
+        options=_get(plan, "options", dict),
+        requested={str(k): float(_typed(v, (int, float), k)) for k, v in _get(plan, "requested", dict).items()},
+        before=_read_cost(_get(plan, "before", dict)),
+        after=_read_cost(_get(plan, "after", dict)),
+        edits=tuple(_read_edit(edit) for edit in _get(plan, "edits", list)),
+    )
+
+
+def _read_edit(data: object) -> RemoveChannels:
+    edit = _typed(data, dict, "an edit")
+    if edit.get("edit") != "remove_channels":
+        raise ConvpareError(f"the plan has an edit {edit.get('edit')!r}; this version knows remove_channels")
+    group, channels = _get(edit, "group", str), _get(edit, "channels", int)
+    keep = tuple(_ints(_get(edit, "keep", list), "keep"))
+    if not keep or len(set(keep)) != len(keep) or min(keep) < 0 or max(keep) >= channels:
+        raise ConvpareError(
+            f"group {group!r} must keep at least one of its {channels} channels, each once, numbered from 0; "
+            f"the plan keeps {len(keep)}: {str(list(keep[:6]))[:80]}"
+        )
+    error = edit.get("error")
+    return RemoveChannels(group, tuple(sorted(keep)), channels, None if error is None else float(_typed(error, (int, float), "error")))
+
+
+def _read_cost(data: dict[str, Any]) -> Cost:
+    return Cost(*(_get(data, key, int) for key in ("macs", "params", "activations")))
+
+
+def _get(data: dict[str, Any], key: str, kind: type) -> Any:
+    if key not in data:
+        raise ConvpareError(f"the plan has no {key!r}")
+    return _typed(data[key], kind, key)
+
+
+def _typed(value: object, kind: type | tuple[type, ...], what: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConvpareError(f"{what} is {str(value)[:60]!r} in the plan, which is not what it must be")
+    return value
+
+
+def _ints(values: object, what: str) -> list[int]:
+    return [_typed(v, int, what) for v in _typed(values, list, what)]

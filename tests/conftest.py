@@ -1,0 +1,33 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+_torchvision: torch.library.Library | None = None
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    # A torchvision built for another torch cannot load its compiled operators and then fails to register shapes for
+    # these two. Its models need neither. The library lives as long as this variable.
+    _torchvision = torch.library.Library("torchvision", "DEF")
+    _torchvision.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _torchvision.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and weights. Tests that want it are skipped where CONVPARE_SHARED does not name it."""
+    place = os.environ.get("CONVPARE_SHARED")
+    if not place:
+        reason = "CONVPARE_SHARED does not name the folder of real data and weights"
+        if os.environ.get("CONVPARE_REQUIRE_SHARED"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    if not Path(place).is_dir():
+        pytest.fail(f"CONVPARE_SHARED names {place}, which is no folder")
+    return Path(place)
