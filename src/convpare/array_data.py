@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +32,14 @@ def load_npz(path: Path) -> Splits:
     Raises:
         ConvpareError: the file is not such an archive, or an array is not as described.
     """
-    arrays = read_npz(path)
+    arrays = read_npz(path, ("images", "labels", "x_train", "y_train", "x_test", "y_test"))
     if "images" in arrays:
         everything = _npz_split(path, arrays, "images", "labels")
         if everything.labels is None:
             return Splits(everything, None, None, "no labels: all images are for calibration")
         return hold_out(everything, int(everything.labels.max()) + 1)
     if "x_train" not in arrays:
-        raise ConvpareError(f"{path} holds the arrays {sorted(arrays)}; expected {_NPZ_FORMS}.")
+        raise ConvpareError(f"{path} holds no images; expected arrays named {_NPZ_FORMS}.")
     train = _npz_split(path, arrays, "x_train", "y_train")
     if "x_test" not in arrays:
         if train.labels is None:
@@ -56,19 +57,23 @@ def _given_splits(train: Split, test: Split) -> Splits:
     return Splits(train, test, num_classes, "the splits are the file's own: x_train and x_test")
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Read every array of an .npz file; arrays of Python objects are refused.
+def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read those of the named arrays that an .npz file has; arrays of Python objects are refused.
 
     Raises:
-        ConvpareError: the file is damaged, not an .npz file, or holds objects.
+        ConvpareError: the file is damaged, not an .npz file, or one of the arrays holds objects.
     """
+    if not zipfile.is_zipfile(path):
+        raise ConvpareError(f"{path} is damaged or no .npz file; save images with np.savez(path, images=...).")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ConvpareError(f"{path} holds a single array; save the images with np.savez(path, images=...).")
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: archive[name] for name in names if name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConvpareError(f"{path} cannot be read as an .npz file of plain arrays ({error}).") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise ConvpareError(f"{path}: {name} is no array; save images with np.savez(path, images=...).")
+    return arrays
 
 
 def _npz_split(path: Path, arrays: dict[str, np.ndarray], images: str, labels: str) -> Split:

@@ -63,7 +63,7 @@ def _read(root: Path, num_classes: int) -> tuple[_Labelled, _Labelled, str]:
 
 
 def _read_mosaics(root: Path) -> tuple[_Labelled, _Labelled]:
-    labels = read_npz(root / "labels.npz")
+    labels = read_npz(root / "labels.npz", ("y_train", "y_test"))
     for key in ("y_train", "y_test"):
         if key not in labels or labels[key].ndim != 1 or not np.issubdtype(labels[key].dtype, np.integer):
             raise ConvpareError(f"{root / 'labels.npz'} needs {key!r}: one whole number per image.")

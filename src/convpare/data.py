@@ -134,6 +134,9 @@ class Data:
         num_classes: how many classes the labels come from; None if there are no labels.
         skipped: files that are no images, each with the reason.
         note: how the splits were made, one sentence.
+
+    Raises:
+        ConvpareError: on construction, if the images of the two splits differ in size.
     """
 
     spec: str
@@ -143,6 +146,13 @@ class Data:
     num_classes: int | None
     skipped: tuple[str, ...]
     note: str
+
+    def __post_init__(self) -> None:
+        if self.test is not None and self.test.shape != self.train.shape:
+            raise ConvpareError(
+                f"training images are {self.train.shape}, test images {self.test.shape} (channels, height, width): "
+                "give --resize and --crop."
+            )
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "Data":
         """The same images, preprocessed otherwise, such as an artifact says.
@@ -191,11 +201,6 @@ def load_data(
     )
     train = ImageSet("train", splits.train, preprocessing, splits.num_classes)
     test = None if splits.test is None else ImageSet("test", splits.test, preprocessing, splits.num_classes)
-    if test is not None and test.shape != train.shape:
-        raise ConvpareError(
-            f"training images are {train.shape}, test images {test.shape} (channels, height, width): "
-            "give --resize and --crop."
-        )
     return Data(spec, preprocessing, train, test, splits.num_classes, splits.skipped, splits.note)
 
 

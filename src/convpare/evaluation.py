@@ -50,16 +50,14 @@ def evaluate(
 ) -> Evaluation:
     """Show labelled images to `model`, in evaluation mode, and count how often it is right.
 
-    Every module's training mode is as before afterwards. The images go to the device and floating-point type of the
-    model's first parameter.
+    Afterwards every module is in the mode it was in. Images go to the device and type of the model's first parameter.
 
     Args:
         model: (b, c, h, w) -> (b, classes).
         images: an image set, or any (images, labels) batches.
-        limit: show this many images only: of an image set a fixed random choice (its folders are sorted by class), of
-            batches the first ones.
+        limit: show this many images only: a fixed random choice of an image set, the first ones of batches.
         batch_size: images at a time, for an image set.
-        on_progress: called with (images done, images in all) after every batch; in all is 0 where it is not known.
+        on_progress: called with (images done, images in all, or 0 if that is not known) after every batch.
 
     Raises:
         ConvpareError: there are no images or no labels, a label has no output, or the model's outputs are not finite
@@ -72,10 +70,7 @@ def evaluate(
     seen, right1, right5, classes = 0, 0, 0, 0
     with eval_mode(model), torch.inference_mode():
         for x, labels in batches:
-            outputs = _outputs(model, x)
-            _check_labels(labels, outputs)
-            classes = outputs.shape[1]
-            best = outputs.topk(min(5, classes)).indices == labels[:, None].to(outputs.device)
+            best, classes = _five_best(model, x, labels)
             right1 += int(best[:, 0].sum())
             right5 += int(best.sum())
             seen += len(x)
@@ -85,6 +80,14 @@ def evaluate(
         raise ConvpareError("there are no images to evaluate on; at least one is needed.")
     top5 = 100 * right5 / seen if classes >= 10 else None
     return Evaluation(100 * right1 / seen, top5, seen, time.perf_counter() - started)
+
+
+def _five_best(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Whether the k-th highest output is the label's, (b, 5) or fewer than five, and the number of outputs."""
+    outputs = _outputs(model, x)
+    _check_labels(labels, outputs)
+    best = outputs.topk(min(5, outputs.shape[1])).indices
+    return best == labels[:, None].to(best.device), outputs.shape[1]
 
 
 def _batches(

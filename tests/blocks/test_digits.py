@@ -27,9 +27,10 @@ def test_training_reaches_its_accuracy():
 
 def test_training_repeats_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
-    before = torch.get_rng_state()
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
     first, _ = train_digits(seed=3, epochs=1)
     assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
     torch.rand(7)
     second, _ = train_digits(seed=3, epochs=1)
     other, _ = train_digits(seed=4, epochs=1)

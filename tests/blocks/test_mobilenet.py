@@ -23,9 +23,10 @@ def test_every_stage_has_its_size():
     for block in model.blocks:
         block.register_forward_hook(lambda _m, _i, out: sizes.append(tuple(out.shape[1:])))
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
-    assert sizes == [(16, 32, 32), (32, 16, 16), (32, 16, 16), (64, 8, 8), (64, 8, 8)] + [(128, 4, 4)] * 6 + [
-        (256, 2, 2)
-    ] * 2
+    assert (
+        sizes
+        == [(16, 32, 32), (32, 16, 16), (32, 16, 16), (64, 8, 8), (64, 8, 8)] + [(128, 4, 4)] * 6 + [(256, 2, 2)] * 2
+    )
 
 
 def test_stride_two_pads_right_and_bottom_only():

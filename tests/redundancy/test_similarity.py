@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def plain_ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> float:
     return float(numerator / ((x.mean() ** 2 + y.mean() ** 2 + c1) * (x.var() + y.var() + c2)))
 
 
-def assert_close(actual: Tensor, expected: Tensor | list[list[float]] | float, tolerance: float = 1e-12) -> None:
+def assert_close(actual: Tensor, expected: Tensor | list[Any] | float, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
@@ -91,6 +92,16 @@ class TestSsim:
         maps = random_maps(2, 3, 13, 13)
         near, far = (similarity_matrix(maps + offset, WINDOWED) for offset in (1e4, 1e7))
         assert_close(near, far, 1e-6)  # at both the luminance factor is 1
+
+    @pytest.mark.parametrize("options", [GLOBAL, WINDOWED, PSNR])
+    def test_rounding_does_not_show(self, options: SimilarityOptions) -> None:
+        maps = random_maps(3, 64, 16, 16)
+        maps[:, 32:] = maps[:, :32]
+        actual, largest = similarity_matrix(maps, options), PSNR_MAX if options is PSNR else 1.0
+        assert torch.equal(actual, actual.T)
+        assert actual.max() == largest
+        assert actual.diagonal().tolist() == [largest] * 64
+        assert_close(actual.diagonal(32), [largest] * 32)
 
     @pytest.mark.parametrize("spatial", [(10, 30), (8, 8), (40,), (11, 11, 11), ()])
     def test_gaussian_is_global_where_no_window_fits(self, spatial: tuple[int, ...]) -> None:
@@ -150,7 +161,7 @@ class TestDegenerateMaps:
         maps[:, :2] = 0
         ssim = similarity_matrix(maps, replace(options, data_range=data_range))
         psnr = similarity_matrix(maps, replace(PSNR, data_range=data_range))
-        assert (ssim[0, 1], psnr[0, 1]) == (1, PSNR_MAX)
+        assert (float(ssim[0, 1]), float(psnr[0, 1])) == (1, PSNR_MAX)
         assert ssim[0, 2] < 0.5
         assert psnr[0, 2] < 30
 
@@ -214,9 +225,9 @@ def test_complex_maps_are_refused() -> None:
         {"memory_limit": 0},
     ],
 )
-def test_options_are_checked(wrong: dict[str, str | float]) -> None:
+def test_options_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConvpareError, match=next(iter(wrong))):
-        SimilarityOptions(**wrong)  # type: ignore[arg-type]
+        SimilarityOptions(**wrong)
 
 
 def test_works_inside_autograd_inference_and_autocast() -> None:
@@ -404,9 +415,10 @@ class TestRemovalOrder:
     @pytest.mark.parametrize(
         ("similarity", "match"),
         [
-            (torch.ones(3), "shape"),
-            (torch.ones(2, 3), "shape"),
-            (torch.ones(0, 0), "shape"),
+            (torch.ones(3), "give a floating-point"),
+            (torch.ones(2, 3), "give a floating-point"),
+            (torch.ones(0, 0), "give a floating-point"),
+            (torch.ones(2, 2, dtype=torch.int64), "give a floating-point"),
             (torch.full((2, 2), float("nan")), "finite"),
             (torch.tensor([[1.0, 0.5], [0.4, 1.0]]), "symmetric"),
         ],
@@ -417,7 +429,7 @@ class TestRemovalOrder:
 
     def test_unusable_options_are_refused(self) -> None:
         norms = torch.ones(4)
-        for wrong, match in (
+        cases: tuple[tuple[dict[str, Any], str], ...] = (
             ({"rule": "min"}, "rule"),
             ({"who": "both"}, "who"),
             ({"who": "norm"}, "norms"),
@@ -425,6 +437,7 @@ class TestRemovalOrder:
             ({"rule": "mean", "who": "norm", "norms": norms}, "norms"),
             ({"who": "norm", "norms": norms[:3]}, "4 finite"),
             ({"who": "norm", "norms": norms * float("inf")}, "4 finite"),
-        ):
+        )
+        for wrong, match in cases:
             with pytest.raises(ConvpareError, match=match):
-                removal_order(self.SIMILARITY, **wrong)  # type: ignore[arg-type]
+                removal_order(self.SIMILARITY, **wrong)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from convpare.blocks.cifar import BasicBlock
 from convpare.data import load_data
+from convpare.modes import one_thread
 
 
 class DigitsNet(nn.Module):
@@ -53,7 +54,9 @@ class TrainingEpoch:
 def train_digits(
     seed: int = 0, epochs: int = 20, on_progress: Callable[[int, int], None] | None = None
 ) -> tuple[DigitsNet, tuple[TrainingEpoch, ...]]:
-    """Train `digits_net` on the digits' 1,442 training images, on the CPU. Test images are not looked at.
+    """Train `digits_net` on the digits' 1,442 training images, without a look at the test images.
+
+    It takes about five seconds, on one CPU core.
 
     Args:
         seed: of the initial weights, the order of the images and their shifts; the global generator is left alone.
@@ -70,7 +73,7 @@ def train_digits(
     images, labels = train.tensor(), train.labels
     assert labels is not None
     history = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         model = digits_net().train()
         steps = epochs * math.ceil(len(images) / 64)

@@ -1,9 +1,9 @@
 """Capture a model once, without touching its weights, its mode or its random state."""
 
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,21 @@ from torch.export import ExportedProgram
 from convpare.errors import ConvpareError
 from convpare.modes import eval_mode
 
-Inputs = Tensor | tuple[Any, ...]
+Inputs = Tensor | tuple[Tensor, ...]
 
 
-def as_args(example_inputs: Inputs) -> tuple[Any, ...]:
+def as_args(example_inputs: Inputs) -> tuple[Tensor, ...]:
     """The positional arguments of a forward call: a tensor alone stands for a tuple of one."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
-    if isinstance(example_inputs, tuple) and any(isinstance(x, Tensor) for x in example_inputs):
+    if isinstance(example_inputs, tuple) and example_inputs and all(isinstance(x, Tensor) for x in example_inputs):
         return example_inputs
+    given = type(example_inputs).__name__
+    if isinstance(example_inputs, tuple):
+        given += f" of {', '.join(type(x).__name__ for x in example_inputs) or 'nothing'}"
     raise ConvpareError(
-        f"example_inputs is a {type(example_inputs).__name__}; expected a tensor, or a tuple of the forward's "
-        "positional arguments with at least one tensor in it"
+        f"example_inputs is a {given}; expected a tensor, or a tuple of tensors, the forward's positional arguments. "
+        "A forward that takes anything else must be wrapped in a module whose forward takes tensors alone."
     )
 
 
@@ -43,8 +46,8 @@ def capture(model: nn.Module, example_inputs: Inputs) -> ExportedProgram:
             raise _explain(model, args, error) from error
 
 
-def _explain(model: nn.Module, args: tuple[Any, ...], error: Exception) -> ConvpareError:
-    shapes = ", ".join(str(tuple(x.shape)) for x in args if isinstance(x, Tensor))
+def _explain(model: nn.Module, args: tuple[Tensor, ...], error: Exception) -> ConvpareError:
+    shapes = ", ".join(str(tuple(x.shape)) for x in args)
     try:
         model(*args)
     except Exception as own:  # the user's own forward may raise anything
@@ -66,11 +69,15 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet_export() -> Iterator[None]:
-    """torch.export logs a failing draft of the graph at error level before it raises; the exception says enough."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """torch logs and prints the draft of a graph that fails before it raises; the exception says enough."""
+    names = ("torch.export", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -25,7 +25,7 @@ def assemble(record: "Record") -> Graph:
         inputs=record.inputs,
         shapes=record.shapes,
         parameters=record.parameters,
-        aliases=_aliases(record.model, record.shapes),
+        aliases=aliases(record.model),
         units=units,
         groups=_groups(units, sizes, record.layers),
         layers=tuple(record.layers),
@@ -93,18 +93,8 @@ def _frozen(
     return tuple(found)
 
 
-def _aliases(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Other names of tied parameters and buffers, and of modules that stand in the model twice."""
-    canonical: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in named:
-        if name in shapes:
-            canonical.setdefault(id(tensor), name)
-    for name, tensor in named:
-        if name not in shapes and id(tensor) in canonical:
-            aliases[name] = canonical[id(tensor)]
-    return aliases
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Other names of tied parameters and buffers, and of modules that stand in the model twice → their first name."""
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: known for name, tensor in named if (known := first.setdefault(id(tensor), name)) != name}

@@ -1,32 +1,100 @@
 """Numbers that a module's forward takes from its attributes, and how they are kept true when channels go.
 
-PyTorch's own layers are mended from the shapes of their weights. A class of yours that pads channels by a number it keeps as an
-attribute is taught once:
+PyTorch's own layers are mended from the shapes of their weights. A class of yours that pads channels by a number it
+keeps as an attribute is taught once:
 
-    @convpare.graph.mends(MyPad)
+    @convpare.graph.mends(MyPad, "before")
     def _(module, keep):            # keep: mask of the padded output channels that stay
         module.before = int(keep[: module.before].sum())
+
+`numbers` reads what surgery may have changed and `set_numbers` writes it to a module built anew: this is how a saved
+model comes back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import nn
 
 from convpare.blocks.cifar import ZeroPadShortcut
+from convpare.errors import ConvpareError
 from convpare.graph.structure import Mender
+from convpare.graph.surgery import BATCH_NORMS
 
 _MENDERS: dict[type[nn.Module], Mender] = {}
+_NUMBERS: dict[type[nn.Module], tuple[str, ...]] = {  # class → attributes; none stands for all public integers
+    nn.modules.conv._ConvNd: ("in_channels", "out_channels", "groups"),
+    nn.Linear: ("in_features", "out_features"),
+    nn.PReLU: ("num_parameters",),
+    **dict.fromkeys(BATCH_NORMS, ("num_features",)),
+}
 
 
-def mends(kind: type[nn.Module]) -> Callable[[Mender], Mender]:
-    """Register how modules of class `kind` are mended after channels of their output were removed."""
+def mends(kind: type[nn.Module], *attributes: str) -> Callable[[Mender], Mender]:
+    """Register how modules of class `kind` are mended after channels of their output were removed.
+
+    Args:
+        kind: the class; subclasses without a mender of their own are mended likewise.
+        attributes: the integer attributes that the mender changes, which are saved with the model. Without any, all
+            public integer attributes of the module are.
+    """
 
     def register(mender: Mender) -> Mender:
         _MENDERS[kind] = mender
+        _NUMBERS[kind] = attributes
         return mender
 
     return register
+
+
+def numbers(module: nn.Module) -> dict[str, int]:
+    """The integer attributes of `module` that surgery may change; none for a class that is neither known nor taught.
+
+    Raises:
+        ConvpareError: an attribute that `mends` was told of is no integer of 0 or more.
+    """
+    found: dict[str, int] = {}
+    for name in _attributes(module):
+        value = getattr(module, name, None)
+        if not _is_count(value):
+            raise ConvpareError(
+                f"{type(module).__name__}.{name} is {value!r}; an attribute named in convpare.graph.mends must be an "
+                "integer of 0 or more."
+            )
+        found[name] = int(value)  # type: ignore[arg-type]
+    return found
+
+
+def set_numbers(module: nn.Module, values: Mapping[str, object]) -> None:
+    """Set attributes that `numbers` returned of a module of the same class; nothing is set if any is refused.
+
+    Raises:
+        ConvpareError: an attribute is none that surgery changes in this class, or a value no integer of 0 or more.
+    """
+    known, kind = numbers(module), type(module).__name__
+    for name, value in values.items():
+        if name not in known:
+            raise ConvpareError(
+                f"{name!r} is no number of {kind} that may be set; known: {', '.join(known) or 'none'}. "
+                "If the class is yours, import the code that calls convpare.graph.mends for it."
+            )
+        if not _is_count(value):
+            raise ConvpareError(f"{kind}.{name} is {repr(value)[:60]}; it must be an integer of 0 or more.")
+    for name, value in values.items():
+        setattr(module, name, int(value))  # type: ignore[call-overload]
+
+
+def _attributes(module: nn.Module) -> dict[str, None]:
+    kinds = [base for base in type(module).__mro__ if base in _NUMBERS]
+    return dict.fromkeys(name for kind in kinds for name in _NUMBERS[kind] or _public_counts(module))
+
+
+def _public_counts(module: nn.Module) -> list[str]:
+    return [name for name, value in vars(module).items() if not name.startswith("_") and _is_count(value)]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
 
 
 def mender_for(module: nn.Module) -> Mender | None:
@@ -34,8 +102,8 @@ def mender_for(module: nn.Module) -> Mender | None:
     return next((_MENDERS[base] for base in type(module).__mro__ if base in _MENDERS), None)
 
 
-@mends(ZeroPadShortcut)
+@mends(ZeroPadShortcut, "pad_before", "pad_after")
 def _zero_pad_shortcut(module: nn.Module, keep: np.ndarray) -> None:
     before, after = module.pad_before, module.pad_after
-    module.pad_before = int(keep[:before].sum())  # type: ignore[index, assignment]
+    module.pad_before = int(keep[:before].sum())  # type: ignore[assignment]
     module.pad_after = int(keep[len(keep) - after :].sum())  # type: ignore[operator, assignment]

@@ -186,14 +186,18 @@ def linear(t: "Tracer", x: Value, weight: Value, bias: Value | None = None) -> V
 @rule("aten.batch_norm", "aten.instance_norm", "aten.prelu")
 def per_channel(t: "Tracer", x: Value, *parameters: Any) -> Value:
     axis = 1 if x.ndim > 1 else 0
+    labels = axis_labels_quiet(t, x, axis)
+    if labels is not None:
+        t.mend_features(labels)
     for parameter in parameters:
         if isinstance(parameter, Value) and parameter.shape[0] > 1:
             slots = slots_of(t, parameter, 0)
-            if x.on(axis):
-                labels = axis_labels_quiet(t, x, axis)
-                t.labels.unify(labels if labels is not None else slots, slots)
+            if labels is not None:
+                t.labels.unify(labels, slots)
             else:
                 t.labels.freeze(slots, f"{t.where} normalises channels that are not the network's own")
+    if len(parameters) > 4 and parameters[4]:  # statistics of the batch or of the instance
+        t.freeze_axes(x, [a for a in range(x.ndim) if a != axis], f"{t.where} averages over them")
     return Value(t.shape, x.fields)
 
 
@@ -227,7 +231,7 @@ def softmax(t: "Tracer", x: Value, dim: int, *_: Any, **__: Any) -> Value:
 
 UNARY = """relu relu_ relu6 hardtanh hardtanh_ sigmoid sigmoid_ hardsigmoid hardsigmoid_ silu silu_ hardswish hardswish_
 gelu gelu_ elu elu_ celu selu selu_ leaky_relu leaky_relu_ mish mish_ softplus tanh tanh_ exp log sqrt rsqrt abs neg
-square erf sin cos reciprocal clamp clamp_ clamp_min clamp_max dropout dropout_ feature_dropout alpha_dropout
+square erf sin cos reciprocal dropout dropout_ feature_dropout alpha_dropout
 contiguous clone detach alias to _to_copy type_as lift_fresh_copy bernoulli zeros_like ones_like logical_not floor round
 threshold hardshrink softshrink log_sigmoid identity softsign nan_to_num isnan""".split()
 
@@ -238,7 +242,8 @@ def unary(t: "Tracer", x: Value, *_: Any, **__: Any) -> Value:
 
 
 NARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ maximum minimum atan2 where lerp addcmul addcdiv
-eq ne lt le gt ge logical_and logical_or copy copy_ masked_fill masked_fill_ fmod remainder""".split()
+eq ne lt le gt ge logical_and logical_or copy copy_ masked_fill masked_fill_ fmod remainder
+clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_""".split()
 
 
 @rule(*(f"aten.{name}" for name in NARY))
@@ -285,9 +290,11 @@ POOLS = {
 
 
 def _spatial(axes: int) -> Rule:
-    def spatial(t: "Tracer", x: Value, *_: Any, **__: Any) -> Value:
+    def spatial(t: "Tracer", x: Value, *_: Any, **__: Any) -> Value | tuple[Value, ...]:
         last = list(range(x.ndim - axes, x.ndim))
         t.freeze_axes(x, last, f"{t.where} pools or resizes the axis that they lie on")
+        if t.name.startswith("aten.adaptive_max_pool"):  # values and indices
+            return tuple(Value(shape, x.off(last)) for shape in t.shapes)
         return Value(t.shape, x.off(last))
 
     return spatial
@@ -299,6 +306,8 @@ for _axes, _names in POOLS.items():
 
 @rule("aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std")
 def reduction(t: "Tracer", x: Value, dim: Any = None, *rest: Any, **options: Any) -> Value:
+    if isinstance(dim, bool):  # var(x, unbiased) and std(x, unbiased) have no dimensions
+        dim = None
     dims = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(x.ndim))
     axes = sorted(d % x.ndim for d in dims)
     t.freeze_axes(x, axes, f"{t.where} reduces over them")
@@ -310,13 +319,16 @@ def reduction(t: "Tracer", x: Value, dim: Any = None, *rest: Any, **options: Any
 
 
 @rule("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad2d")
-def pad(t: "Tracer", x: Value, widths: Sequence[int], *_: Any, **__: Any) -> Value:
+def pad(t: "Tracer", x: Value, widths: Sequence[int], *rest: Any, **__: Any) -> Value:
     """Spatial padding belongs to the channel it pads; padding of channels makes channels that are nobody's."""
+    mode = (*rest, "constant")[0] if t.name == "aten.pad" else t.name
     fields = []
     for field in x.fields:
         axes = [a for a in support(field) if any(_widths(widths, x.ndim, a))]
         if not axes:
             fields.append(field)
+        elif mode not in ("constant", "aten.constant_pad_nd"):
+            t.labels.freeze(field, f"{t.where} pads the axis that they lie on with copies of them")
         elif len(axes) == 1 and support(field) == (axes[0],):
             fields.append(_pad_channels(t, field, axes[0], _widths(widths, x.ndim, axes[0])))
         else:
@@ -338,6 +350,7 @@ def _pad_channels(t: "Tracer", field: Tensor, axis: int, widths: tuple[int, int]
     labels = torch.cat([nobody[:before], field.reshape(-1), nobody[before:]])
     if not t.mend(labels):
         t.labels.freeze(nobody, f"{t.where} pads channels by a number written in its forward")
+        t.suspect(field, f"{t.where} pads them up to a number written in its forward")
     return along(labels, axis, field.ndim)
 
 
@@ -394,12 +407,15 @@ def move(t: "Tracer", x: Value, *args: Any, **kwargs: Any) -> Value:
     return Value(t.shape, tuple(_execute(t, x, f, args, kwargs) for f in x.fields))
 
 
-@rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.unflatten", "aten.expand", "aten.view_as", "aten.reshape_as")
+@rule(
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.unflatten", "aten.expand", "aten.view_as", "aten.reshape_as",
+    "aten.expand_as",
+)  # fmt: skip
 def reshape(t: "Tracer", x: Value, *args: Any, **kwargs: Any) -> Value:
     """Channels that a reshape splits over several axes go alike along all but the last of them."""
     fields = []
     for field in x.fields:
-        moved = compact(field.expand(x.shape).reshape(t.shape) if t.name != "aten.expand" else field.expand(t.shape))
+        moved = compact(field.expand(x.shape).reshape(t.shape) if "expand" not in t.name else field.expand(t.shape))
         axes = support(moved)
         if len(axes) > len(support(field)):
             first = moved
@@ -514,3 +530,9 @@ def stack(t: "Tracer", tensors: Sequence[Value], dim: int = 0) -> Value:
 )  # fmt: skip
 def constant(t: "Tracer", *_: Any, **__: Any) -> Value:
     return Value(t.shape)
+
+
+@rule("aten._assert_tensor_metadata")
+def nothing(t: "Tracer", *_: Any, **__: Any) -> Value:
+    """What the exporter writes beside a conversion of types; no value flows from it."""
+    return Value(())

@@ -116,6 +116,26 @@ class Graph:
         """The mask that keeps every removable channel, shape (channels,)."""
         return np.ones(self.channels, bool)
 
+    def is_depthwise(self, layer: Layer) -> bool:
+        """Whether each group of this convolution reads one channel, so that its channels go group by group."""
+        return layer.groups > 1 and 1 in (self.shapes[layer.weight][0], self.shapes[layer.weight][1])
+
+    def is_inner(self, group: Group) -> bool:
+        """Whether one layer alone makes these channels (depthwise ones after it pass them on): no residual stream."""
+        return sum(not self.is_depthwise(self.layer(name)) for name in group.producers) == 1
+
+    def channel_units(self, layer: Layer, *, reads_input: bool) -> np.ndarray:
+        """The removable channel at each channel of a layer's input or output, shape (channels,), -1 where none."""
+        axis = layer.into if reads_input else layer.out
+        slots = self.units.get(axis, np.full(self.shapes[layer.weight][axis[1]], -1))
+        if layer.groups == 1:
+            return slots
+        shared = reads_input != (layer.kind == "conv_transpose")
+        if self.is_depthwise(layer):
+            borne = self.units.get((layer.weight, 0), np.full(self.shapes[layer.weight][0], -1))
+            return borne[:: len(borne) // layer.groups] if shared else borne
+        return np.tile(slots, layer.groups) if shared else slots
+
     def kept(self, axis: Axis, keep: np.ndarray) -> np.ndarray:
         """The indices of `axis` that stay under the mask `keep` (channels,)."""
         units = self.units.get(axis)

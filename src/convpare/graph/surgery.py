@@ -74,10 +74,17 @@ def sync_attributes(module: nn.Module) -> None:
         module.num_parameters = len(module.weight)
 
 
+def mend_features(module: nn.Module, keep: np.ndarray) -> None:
+    """A norm without parameters or statistics has no shape to read `num_features` from."""
+    module.num_features = int(keep.sum())  # type: ignore[assignment]
+
+
 def _sync_convolution(module: nn.modules.conv._ConvNd) -> None:
     first, second = module.weight.shape[:2]
-    total = module.in_channels if module.transposed else module.out_channels
-    if module.groups > 1 and second == 1:  # a group is one channel, or one with its multiples, and goes as a whole
+    total, own = module.out_channels, module.in_channels
+    if module.transposed:
+        total, own = own, total
+    if own == module.groups > 1:  # a group is one channel, or one with its multiples, and goes as a whole
         module.groups = first // (total // module.groups)
     if module.transposed:
         module.in_channels, module.out_channels = first, second * module.groups

@@ -6,20 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from convpare.graph.capture import Inputs, as_args, capture
-from convpare.graph.grouping import assemble
+from convpare.graph.grouping import aliases, assemble
 from convpare.graph.labels import Labels, Value
 from convpare.graph.mending import mender_for
-from convpare.graph.rules import RULES, freeze_values
 from convpare.graph.probe import failing_suspects
+from convpare.graph.rules import RULES, freeze_values
 from convpare.graph.structure import Axis, Graph, Layer, Mender
+from convpare.graph.surgery import BATCH_NORMS, mend_features
 
 MULTIPLYING = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "_weight_norm")
 
@@ -30,7 +29,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Graph:
     The model is captured once in evaluation mode by `torch.export`; no weight is read and nothing of it is changed.
 
     Args:
-        example_inputs: a tensor, or the tuple of the forward's positional arguments. MACs are counted for exactly
+        example_inputs: a tensor, or the tuple of tensors that the forward takes. MACs are counted for exactly
             these shapes, batch included; the values do not matter.
 
     Raises:
@@ -39,7 +38,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Graph:
     program = capture(model, example_inputs)
     tracer = Tracer(model, program)
     tracer.run()
-    record = tracer.record(tuple(tuple(x.shape) for x in as_args(example_inputs) if isinstance(x, Tensor)))
+    record = tracer.record(tuple(tuple(x.shape) for x in as_args(example_inputs)))
     graph = assemble(record)
     failed = failing_suspects(model, as_args(example_inputs), graph, record)
     for labels, reason in failed:
@@ -57,6 +56,7 @@ class Record:
     slots: Mapping[Axis, int]  # first label of every axis of every parameter and buffer
     shapes: Mapping[str, tuple[int, ...]]
     parameters: frozenset[str]
+    values: Sequence[Any]  # of every node of the graph, in its order
     layers: Sequence[Layer]
     mends: Sequence[tuple[str, Tensor, Mender]]
     suspects: Sequence[tuple[Tensor, str]]
@@ -81,10 +81,13 @@ class Tracer:
         self._suspects: list[tuple[Tensor, str]] = []
         self._uncounted: Counter[str] = Counter()
         signature = self.program.graph_signature
-        self._parameters = frozenset(signature.inputs_to_parameters.values())
-        self._names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        known = aliases(self.root)  # a tied parameter stands in the graph once for each of its names
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._names = {node: known.get(name, name) for node, name in named.items()}
+        self._parameters = frozenset(self._names[node] for node in signature.inputs_to_parameters)
         self._modules = dict(self.root.named_modules(remove_duplicate=False))
-        self._unreached: dict[str, None] = {}
+        self._tensors: dict[str, Value] = {}
+        self._reached: set[str] = set()
 
     # ------------------------------------------------------------------------------------- what the rules may ask
 
@@ -148,12 +151,23 @@ class Tracer:
         if not isinstance(self._modules.get(self.module), nn.modules.conv._ConvNd):
             self.suspect(labels, f"{self.where} takes its groups from a number in the forward")
 
+    def mend_features(self, labels: Tensor) -> None:
+        """The norm that runs now says how many channels it takes, also where it has no parameters to show it."""
+        if isinstance(self._modules.get(self.module), BATCH_NORMS):
+            self._mends.append((self.module, labels, mend_features))
+
     def mend(self, labels: Tensor) -> bool:
         """Whether the module around this operator can have its numbers mended; `labels` (size,) are its output's."""
         module = self._modules.get(self.module)
         mender = mender_for(module) if module is not None else None
         if mender is None:
             return False
+        for name, known, _ in self._mends:
+            if self._modules[name] is module:  # it runs again: one module, one set of numbers
+                if len(known) != len(labels):
+                    return False
+                self.labels.unify(known, labels)
+                return True
         self._mends.append((self.module, labels, mender))
         return True
 
@@ -165,9 +179,11 @@ class Tracer:
             self._values[node] = getattr(self, f"_{node.op}")(node)
 
     def record(self, inputs: tuple[tuple[int, ...], ...]) -> Record:
+        unreached = [name for name in self._shapes if name in self._parameters and name not in self._reached]
         return Record(
-            self.root, inputs, self.labels, self._slots, self._shapes, self._parameters,
-            list(self._layers.values()), self._mends, self._suspects, dict(self._uncounted), tuple(self._unreached),
+            self.root, inputs, self.labels, self._slots, self._shapes, self._parameters, list(self._values.values()),
+            list(self._layers.values()), self._mends, self._suspects, dict(self._uncounted),
+            tuple(dict.fromkeys(name.rpartition(".")[0] for name in unreached)),
         )  # fmt: skip
 
     def _placeholder(self, node: Node) -> Any:
@@ -178,16 +194,19 @@ class Tracer:
         name = self._names.get(node.name)
         if name is None:  # an input of the model, or a constant that its forward builds: no channels of the network's
             return Value(shape)
+        if node.users:
+            self._reached.add(name)
+        if name in self._tensors:
+            return self._tensors[name]
         self._shapes[name] = shape
-        if not node.users and name in self._parameters:
-            self._unreached[name.rpartition(".")[0]] = None
         fields = []
         for axis, size in enumerate(shape):
             if size > 1:
                 labels = self.labels.new(size)
                 self._slots[name, axis] = int(labels[0])
                 fields.append(labels.reshape([-1 if a == axis else 1 for a in range(len(shape))]))
-        return Value(shape, tuple(fields))
+        self._tensors[name] = Value(shape, tuple(fields))
+        return self._tensors[name]
 
     def _get_attr(self, node: Node) -> Any:
         value = node.meta.get("val")

@@ -83,7 +83,7 @@ def out_channels(graph: Graph, layer: Layer, keep: np.ndarray) -> int:
     slots = len(graph.kept(layer.out, keep))
     if layer.kind != "conv_transpose" or layer.groups == 1:
         return slots
-    if slots > 1:
+    if graph.shapes[layer.weight][layer.out_axis] > 1:
         return slots * layer.groups
     inputs = graph.shapes[layer.weight][layer.in_axis]  # depthwise: whole groups go
     return len(graph.kept(layer.into, keep)) // (inputs // layer.groups)

@@ -1,6 +1,7 @@
 """The plan: pure data, what to remove and what it will cost. It prints as a table, is JSON, and can be edited."""
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,7 +170,7 @@ def _read_plan(data: object) -> Plan:
 def _read_edit(data: object) -> RemoveChannels:
     edit = _typed(data, dict, "an edit")
     if edit.get("edit") != "remove_channels":
-        raise ConvpareError(f"the plan has an edit {edit.get('edit')!r}; this version knows remove_channels")
+        raise ConvpareError(f"the plan has an edit {reprlib.repr(edit.get('edit'))}; this version knows remove_channels")
     group, channels = _get(edit, "group", str), _get(edit, "channels", int)
     keep = tuple(_ints(_get(edit, "keep", list), "keep"))
     if not keep or len(set(keep)) != len(keep) or min(keep) < 0 or max(keep) >= channels:
@@ -192,8 +193,9 @@ def _get(data: dict[str, Any], key: str, kind: type) -> Any:
 
 
 def _typed(value: object, kind: type | tuple[type, ...], what: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConvpareError(f"{what} is {str(value)[:60]!r} in the plan, which is not what it must be")
+    huge = isinstance(value, int) and abs(value) >= 2**63  # neither a float nor an index can be made of it
+    if not isinstance(value, kind) or isinstance(value, bool) or huge:
+        raise ConvpareError(f"{what} is {reprlib.repr(value)} in the plan, which is not what it must be")
     return value
 
 

@@ -152,12 +152,12 @@ class SimilarityAccumulator:
         if self._options.data_range == 0 and high > low:
             raise ConvpareError(f"data_range is 0 but the maps span {high - low:g}; give their range.")
         images, channels = maps.shape[:2]
-        if self._sum is None:
-            self._sum = torch.zeros(channels, channels, dtype=_working_dtype(maps.device), device=maps.device)
-        if channels != len(self._sum):
+        if self._sum is not None and channels != len(self._sum):
             raise ConvpareError(f"Maps have {channels} channels, those before had {len(self._sum)}; give one layer.")
+        total = torch.zeros(channels, channels, dtype=_working_dtype(maps.device), device=maps.device)
         for chunk in torch.split(maps.detach(), _images_per_chunk(maps, self._options)):
-            self._sum = self._sum + _pairwise_sum(_scaled(chunk, self._options.data_range), self._options)
+            total += _pairwise_sum(_scaled(chunk, self._options.data_range), self._options)
+        self._sum = total if self._sum is None else self._sum + total
         self._images += images
 
     def result(self) -> Tensor:
@@ -326,7 +326,7 @@ def _working_dtype(device: torch.device) -> torch.dtype:
 def _extent(maps: Tensor) -> tuple[float, float]:
     """Smallest and largest value of checked maps."""
     if maps.ndim < 2 or maps.numel() == 0 or maps.is_complex():
-        raise ConvpareError(f"Maps are {maps.dtype} of shape {tuple(maps.shape)}; give real (n, C, *spatial), none 0.")
+        raise ConvpareError(f"Maps are {maps.dtype}, {tuple(maps.shape)}; give real, non-empty maps (n, C, *spatial).")
     low, high = (float(value) for value in maps.detach().aminmax())
     if not isfinite(high - low):
         raise ConvpareError(f"Maps run from {low} to {high}; give finite maps.")
@@ -335,8 +335,9 @@ def _extent(maps: Tensor) -> tuple[float, float]:
 
 def _checked_similarity(similarity: Tensor) -> Tensor:
     """A float64 copy on the CPU, where the many small steps of the pair rule are fastest."""
-    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or not len(similarity):
-        raise ConvpareError(f"The similarity matrix has shape {tuple(similarity.shape)}; give (C, C).")
+    shape = tuple(similarity.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0 or not similarity.is_floating_point():
+        raise ConvpareError(f"The similarity matrix is {similarity.dtype}, {shape}; give a floating-point (C, C).")
     matrix = similarity.detach().cpu().to(torch.float64, copy=True)
     if not matrix.isfinite().all():
         raise ConvpareError("The similarity matrix has non-finite entries; give similarity_matrix's result.")

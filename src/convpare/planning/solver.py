@@ -1,0 +1,240 @@
+"""How many channels each group keeps, so that the budgets hold and the predicted error is small."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from convpare.errors import ConvpareError
+from convpare.graph.structure import Graph
+
+METRICS = ("macs", "params")
+
+
+class CostModel:
+    """MACs and parameters as a function of how many channels each group keeps; equal to `total_cost` exactly.
+
+    Every axis has a size that is linear in the counts, every tensor's numel is a product of axis sizes.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        axes = list(graph.units)
+        starts = np.array([g.start for g in graph.groups])
+        number = {axis: i + 1 for i, axis in enumerate(axes)}  # axis 0 stands for "no axis", of size 1
+        rows, columns, fixed = [], [], [1]
+        for i, axis in enumerate(axes):
+            units = graph.units[axis]
+            borne = np.searchsorted(starts, units[units >= 0], side="right") - 1
+            rows.append(np.full(len(borne), i + 1))
+            columns.append(borne)
+            fixed.append(int((units < 0).sum()))
+        shape = (len(axes) + 1, len(graph.groups))
+        entries = (np.concatenate(rows), np.concatenate(columns)) if rows else (np.zeros(0, int), np.zeros(0, int))
+        self._slope = csr_array((np.ones(len(entries[0])), entries), shape=shape)
+        self._fixed = np.array(fixed, float)
+        positions = {layer.weight: layer.positions for layer in graph.layers}
+        variable = {name: [number[name, a] for a in range(len(s)) if (name, a) in number] for name, s in graph.shapes.items()}
+        self._names = sorted(graph.parameters)
+        depth = max([len(variable[n]) for n in self._names] + [1])
+        self._axes = np.array([variable[n] + [0] * (depth - len(variable[n])) for n in self._names]).reshape(-1, depth)
+        self._constant = np.array([
+            np.prod([s for a, s in enumerate(graph.shapes[n]) if (n, a) not in number]) for n in self._names
+        ])  # fmt: skip
+        self._positions = np.array([positions.get(n, 0) for n in self._names], float)
+        self._affected = self._affected_parameters(graph)
+
+    def _affected_parameters(self, graph: Graph) -> list[np.ndarray]:
+        slope = self._slope.tocsc()
+        found = []
+        for g in range(len(graph.groups)):
+            touched = slope.indices[slope.indptr[g] : slope.indptr[g + 1]]
+            found.append(np.flatnonzero(np.isin(self._axes, touched).any(axis=1)))
+        return found
+
+    def cost(self, kept: np.ndarray) -> dict[str, float]:
+        """The cost when group i keeps `kept[i]` channels."""
+        return self._sum(self._sizes(kept), np.arange(len(self._names)))
+
+    def saving(self, kept: np.ndarray, group: int, fewer: int) -> dict[str, float]:
+        """What is saved when `group` keeps `fewer` channels less (negative: more)."""
+        rows = self._affected[group]
+        sizes = self._sizes(kept)
+        before = self._sum(sizes, rows)
+        step = np.zeros(len(kept))
+        step[group] = fewer
+        after = self._sum(sizes - self._slope @ step, rows)
+        return {metric: before[metric] - after[metric] for metric in METRICS}
+
+    def _sizes(self, kept: np.ndarray) -> np.ndarray:
+        return self._fixed + self._slope @ kept
+
+    def _sum(self, sizes: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        numel = self._constant[rows] * sizes[self._axes[rows]].prod(axis=1)
+        return {"macs": float(self._positions[rows] @ numel), "params": float(numel.sum())}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds as fractions of the dense cost; None does not bound."""
+
+    macs: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        for metric, fraction in self.fractions.items():
+            if not 0 < fraction <= 1:
+                raise ConvpareError(
+                    f"the {metric} budget is {fraction}; expected a fraction of the dense cost above 0 and at most 1, "
+                    "0.5 for half"
+                )
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        given = {"macs": self.macs, "params": self.params}
+        return {metric: value for metric, value in given.items() if value is not None}
+
+
+@dataclass
+class Allocation:
+    """The state of an allocation: how many channels each group keeps, and which counts it may keep."""
+
+    model: CostModel
+    levels: Sequence[np.ndarray]  # allowed counts of each group, descending, from all channels down
+    errors: Sequence[np.ndarray]  # predicted error at each level, non-decreasing
+    limits: Mapping[str, float]
+    at: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.at = np.zeros(len(self.levels), int)
+
+    @property
+    def kept(self) -> np.ndarray:
+        return np.array([levels[i] for levels, i in zip(self.levels, self.at, strict=True)], float)
+
+    def fits(self) -> bool:
+        cost = self.model.cost(self.kept)
+        return all(cost[metric] <= limit for metric, limit in self.limits.items())
+
+
+def allowed_levels(graph: Graph, round_to: int, widest: Mapping[str, int]) -> list[np.ndarray]:
+    """Counts that each group may keep: all, or fewer such that its layers' channels are multiples of `round_to`.
+
+    `widest` says how many channels of a layer one channel of the group stands for (grouped convolutions: several).
+    """
+    levels = []
+    for group in graph.groups:
+        step = round_to // np.gcd(round_to, widest[group.name])
+        below = np.arange(step, group.channels, step)[::-1]
+        levels.append(np.concatenate([[group.channels], below]))
+    return levels
+
+
+def copies(graph: Graph) -> dict[str, int]:
+    """Output channels of its first producer that one channel of each group stands for."""
+    found = {}
+    for group in graph.groups:
+        units = graph.units[graph.layer(group.producers[0]).out]
+        found[group.name] = int((units == group.start).sum())
+    return found
+
+
+def limits_of(model: CostModel, graph: Graph, budget: Budget) -> dict[str, float]:
+    """The budgets in units of cost."""
+    dense = model.cost(np.array([g.channels for g in graph.groups], float))
+    return {metric: fraction * dense[metric] for metric, fraction in budget.fractions.items()}
+
+
+def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, float]) -> None:
+    """Raise when not even the smallest allowed network meets the budgets, and say what it would reach."""
+    least = allocation.model.cost(np.array([levels[-1] for levels in allocation.levels], float))
+    for metric, limit in allocation.limits.items():
+        if least[metric] > limit:
+            raise ConvpareError(
+                f"infeasible: {metric} {budget.fractions[metric]:g} was asked for, at best "
+                f"{np.ceil(1e4 * least[metric] / dense[metric]) / 1e4:g} can be reached with every group at its minimum"
+            )
+
+
+def greedy(allocation: Allocation) -> None:
+    """Lower one group after the other, always where the error per saved cost is smallest, until the budgets hold.
+
+    Savings only shrink as other groups shrink, so that a stale ratio is a lower bound: a heap with lazy updates is exact.
+    Each step goes to the next vertex of the lower convex hull of the group's error.
+    """
+    hulls = [_hull(levels, errors) for levels, errors in zip(allocation.levels, allocation.errors, strict=True)]
+    heap = [(-np.inf, g) for g in range(len(hulls)) if len(hulls[g]) > 1]
+    heapq.heapify(heap)
+    while heap and not allocation.fits():
+        _, g = heapq.heappop(heap)
+        ratio = _ratio(allocation, g, _next(hulls[g], allocation.at[g]))
+        if heap and ratio > heap[0][0]:
+            heapq.heappush(heap, (ratio, g))
+            continue
+        allocation.at[g] = _next(hulls[g], allocation.at[g])
+        if allocation.at[g] < hulls[g][-1]:
+            heapq.heappush(heap, (_ratio(allocation, g, _next(hulls[g], allocation.at[g])), g))
+
+
+def fill(allocation: Allocation) -> None:
+    """Give channels back where they fit, the largest error per cost first, until no single step fits any more."""
+    while True:
+        best = None
+        for g in range(len(allocation.levels)):
+            if allocation.at[g] and (gain := _refund(allocation, g)) is not None and (best is None or gain > best[0]):
+                best = (gain, g)
+        if best is None:
+            return
+        allocation.at[best[1]] -= 1
+
+
+def _refund(allocation: Allocation, g: int) -> float | None:
+    now, up = allocation.at[g], allocation.at[g] - 1
+    more = allocation.levels[g][up] - allocation.levels[g][now]
+    spent = allocation.model.saving(allocation.kept, g, -more)
+    cost = allocation.model.cost(allocation.kept)
+    if any(cost[m] - spent[m] > limit for m, limit in allocation.limits.items()):
+        return None
+    share = sum(-spent[m] / limit for m, limit in allocation.limits.items())
+    return float((allocation.errors[g][now] - allocation.errors[g][up]) / max(share, 1e-300))
+
+
+def _ratio(allocation: Allocation, g: int, target: int) -> float:
+    now = allocation.at[g]
+    fewer = allocation.levels[g][now] - allocation.levels[g][target]
+    saved = allocation.model.saving(allocation.kept, g, fewer)
+    cost = allocation.model.cost(allocation.kept)
+    useful = sum(saved[m] / limit for m, limit in allocation.limits.items() if cost[m] > limit)
+    return float((allocation.errors[g][target] - allocation.errors[g][now]) / max(useful, 1e-300))
+
+
+def _next(hull: Sequence[int], at: int) -> int:
+    return next(v for v in hull if v > at)
+
+
+def _hull(levels: np.ndarray, errors: np.ndarray) -> list[int]:
+    """Indices of the lower convex hull of error over removed channels."""
+    removed = levels[0] - levels
+    hull: list[int] = []
+    for i in range(len(levels)):
+        while len(hull) > 1 and _above(removed, errors, hull[-2], hull[-1], i):
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _above(x: np.ndarray, y: np.ndarray, a: int, b: int, c: int) -> bool:
+    return bool((y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a]))
+
+
+def uniform(allocation: Allocation) -> None:
+    """The same fraction of every group, as large as the budgets allow (to 1/1000), rounded up to allowed counts."""
+    for fraction in np.arange(1000, -1, -1) / 1000:
+        for g, levels in enumerate(allocation.levels):
+            fitting = np.flatnonzero(levels >= fraction * levels[0] - 1e-9)
+            allocation.at[g] = fitting[-1]
+        if allocation.fits():
+            return
+
+

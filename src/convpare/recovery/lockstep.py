@@ -1,0 +1,96 @@
+"""Run a captured network operator by operator over a list of batches that stay in memory."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from convpare.errors import ConvpareError
+from convpare.graph.capture import capture
+from convpare.graph.trace import operator_name
+
+
+class Run:
+    """A captured network that advances one operator at a time, each over all batches (of one size).
+
+    Values are freed after their last use. Parameters are the module's own tensors: who changes them changes the run.
+    `nodes` are the operators in the order of execution, `tensors` the names of parameters and buffers in the graph.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
+        program = capture(model, batches[0])
+        self.nodes: list[Node] = [n for n in program.graph.nodes if n.op == "call_function"]
+        self.position = {node: number for number, node in enumerate(self.nodes)}
+        self.done = 0
+        self.tensors: dict[Node, str] = {}
+        self._count = len(batches)
+        self._values: dict[Node, list[Any]] = {}
+        self._snapshots: dict[Node, list[Any] | None] = {}
+        self._last_use: dict[Node, int] = {}
+        for number, node in enumerate(self.nodes):
+            self._last_use.update(dict.fromkeys(node.all_input_nodes, number))
+        signature = program.graph_signature
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                raise ConvpareError(f"the forward has a nested graph ({node.target}), which cannot be run step by step")
+            if node.op == "placeholder" and node.name in named:
+                self.tensors[node] = named[node.name]
+                self._values[node] = [own[named[node.name]].detach()] * self._count
+            elif node.op == "placeholder":
+                self._values[node] = self._input(program, node, batches)
+
+    def _input(self, program: torch.export.ExportedProgram, node: Node, batches: list[Tensor]) -> list[Any]:
+        signature = program.graph_signature
+        if node.name in signature.inputs_to_lifted_tensor_constants:
+            return [program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]] * self._count
+        if signature.user_inputs.index(node.name):
+            raise ConvpareError("the model takes several inputs; calibration images can be fed to models with one")
+        return [batch.clone() for batch in batches]  # the forward may change its input in place
+
+    def value(self, node: Node) -> list[Any]:
+        """The value of a node that was run, one for each batch, or the snapshot of it that was asked for."""
+        snapshot = self._snapshots.get(node)
+        return self._values[node] if snapshot is None else snapshot
+
+    def snapshot(self, nodes: Collection[Node]) -> None:
+        """Copy the values of these nodes when they come, so that later operators neither change nor free them."""
+        self._snapshots.update(dict.fromkeys(nodes))
+
+    def forget(self, node: Node) -> None:
+        """Free the snapshot of a node."""
+        self._snapshots.pop(node, None)
+
+    def advance(self, to: int) -> None:
+        """Run the operators up to and without number `to`."""
+        with torch.no_grad():
+            while self.done < to:
+                self._step(self.nodes[self.done])
+                self.done += 1
+
+    def _step(self, node: Node) -> None:
+        call: Callable[..., Any] = node.target  # type: ignore[assignment]
+        results = []
+        for i in range(self._count):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda used, i=i: self._values[used][i])
+            results.append(call(*args, **kwargs))
+        self._values[node] = results
+        if node in self._snapshots:
+            self._snapshots[node] = [r.clone() for r in results]
+        for used in node.all_input_nodes:
+            if self._last_use[used] == self.done and used not in self.tensors:
+                self._values.pop(used, None)
+
+
+def check_aligned(teacher: Run, student: Run) -> None:
+    """Raise unless both networks run the same operators in the same order."""
+    left, right = ([operator_name(n) for n in run.nodes] for run in (teacher, student))
+    if left != right:
+        raise ConvpareError(
+            f"the compressed network runs other operators than the original ({len(right)} and {len(left)} of them), so "
+            "that its layers cannot be fitted to the original's; choose batch-norm recalibration"
+        )

@@ -1,0 +1,250 @@
+"""Zeroed == removed, the predicted cost, true attributes and an untouched original, from torchvision to odd forwards."""
+
+from collections.abc import Callable
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import OUTPUT, assert_exact
+from torch import nn
+
+from convpare.blocks.cifar import resnet20
+from convpare.blocks.mobilenet import mobilenet_v1_025
+from convpare.graph import Graph
+
+torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
+
+Build = Callable[[], nn.Module]
+
+
+def prunable_share(graph: Graph) -> float:
+    """Removable output channels over all those that the model's output does not need as they are."""
+    outputs = sum(graph.shapes[layer.weight][layer.out_axis] for layer in graph.layers)
+    needed = sum(f.channels for f in graph.frozen if f.reason == OUTPUT)
+    removable = sum(int((graph.units[layer.out] >= 0).sum()) for layer in graph.layers if layer.out in graph.units)
+    return removable / (outputs - needed)
+
+
+def reasons(graph: Graph) -> set[str]:
+    return {f.reason for f in graph.frozen} - {OUTPUT}
+
+
+# name → side of the input, layers, groups, removable channels
+TORCHVISION = {
+    "resnet18": (64, 21, 12, 2880),  # 4 residual streams and 8 inner convolutions: 2 * 960 + 960 channels
+    "vgg11_bn": (32, 11, 10, 2880),  # 2752 channels of 8 convolutions, 64 + 64 of the linear layers
+    "densenet121": (32, 121, 120, 10240),
+    "squeezenet1_0": (64, 26, 25, 2976),
+    "mobilenet_v2": (32, 53, 25, 9128),
+    "mobilenet_v3_small": (32, 54, 27, 4872),
+    "efficientnet_b0": (32, 82, 40, 11404),
+    "shufflenet_v2_x1_0": (32, 57, 20, 3166),
+    "resnext50_32x4d": (32, 54, 37, 4376),
+    "googlenet": (64, 58, 57, 7280),
+    "inception_v3": (75, 95, 94, 17216),
+}
+
+
+def build_torchvision(name: str) -> nn.Module:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = getattr(torchvision.models, name)
+    if name == "vgg11_bn":  # as it is, but for the width of its linear layers: 130 million parameters would be slow
+        features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
+        vgg = torchvision.models.VGG(features, num_classes=10)
+        vgg.classifier = nn.Sequential(
+            nn.Linear(512 * 7 * 7, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 64), nn.ReLU(True), nn.Dropout(),
+            nn.Linear(64, 10),
+        )  # fmt: skip
+        return vgg
+    return model(weights=None, num_classes=10, **options)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name: str):
+    side, layers, groups, channels = TORCHVISION[name]
+    graph = assert_exact(lambda: build_torchvision(name), [(1, 3, side, side)])
+    assert (len(graph.layers), len(graph.groups), graph.channels) == (layers, groups, channels)
+    if name == "shufflenet_v2_x1_0":  # eight shuffles in a row couple the whole stream of the third stage
+        assert prunable_share(graph) == pytest.approx(0.842, abs=1e-3)
+    else:
+        assert reasons(graph) == set()
+        assert prunable_share(graph) == 1.0
+    auxiliary = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}.get(name, ())
+    assert {unreached.split(".")[0] for unreached in graph.unreached} == set(auxiliary)
+
+
+IMAGE = [(2, 3, 8, 8)]
+
+# name → how to build it, shapes of its inputs, groups as (name, channels), what stands in the reasons of frozen channels
+CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list[str]]] = {
+    "u-net": (
+        nets.UNet,
+        [(2, 3, 16, 16)],
+        [("down1", 8), ("down2", 12), ("mid", 16), ("up2", 12), ("merge2", 4), ("up1", 4), ("merge1", 8)],
+        [],
+    ),
+    "1-d": (nets.OneD, [(2, 2, 16)], [("features.0", 4), ("features.3", 6), ("head.0", 10)], []),
+    "3-d": (nets.ThreeD, [(1, 1, 4, 4, 4)], [("first", 8), ("inner.0", 6), ("up", 6)], []),
+    "grouped 1": (lambda: nets.grouped(1), IMAGE, [("before", 16), ("inner.0", 32)], []),
+    "grouped 2": (lambda: nets.grouped(2), IMAGE, [("before", 8), ("inner.0", 16)], []),
+    "grouped 4": (lambda: nets.grouped(4), IMAGE, [("before", 4), ("inner.0", 8)], []),
+    "grouped, down to one slot a group": (
+        lambda: nets.grouped(4, 8, 16), IMAGE, [("before", 2), ("inner.0", 4)], []
+    ),
+    "depthwise": (lambda: nets.grouped(16, 16, 16), IMAGE, [("before", 16)], []),
+    "depthwise, multiplier 2": (lambda: nets.grouped(16), IMAGE, [("before", 16)], []),
+    "grouped, one output a group": (lambda: nets.grouped(8, 16, 8), IMAGE, [("before", 2), ("inner.0", 1)], []),
+    "transposed": (lambda: nets.grouped(1, transposed=True), IMAGE, [("before", 16), ("inner.0", 32)], []),
+    "transposed, grouped 2": (lambda: nets.grouped(2, transposed=True), IMAGE, [("before", 8), ("inner.0", 16)], []),
+    "transposed, down to one slot a group": (
+        lambda: nets.grouped(4, 8, 8, transposed=True), IMAGE, [("before", 2), ("inner.0", 2)], []
+    ),
+    "transposed, depthwise": (lambda: nets.grouped(16, 16, 16, transposed=True), IMAGE, [("before", 16)], []),
+    "transposed, two inputs a group": (lambda: nets.grouped(8, 16, 8, transposed=True), IMAGE, [("before", 8)], []),
+    "transposed, two outputs a group": (
+        lambda: nets.grouped(16, transposed=True), IMAGE, [("before", 1), ("inner.0", 2)], []
+    ),
+    "flatten, linear": (
+        lambda: nn.Sequential(
+            nets.conv(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 12), nn.Tanh(), nn.Linear(12, 4)
+        ),
+        IMAGE,
+        [("0", 8), ("4", 12)],
+        [],
+    ),
+    "one output channel": (nets.one_output_channel, IMAGE, [("first", 16)], []),
+    "one input channel": (nets.one_input_channel, [(2, 1, 8, 8)], [("first", 8)], []),
+    "tied module": (nets.tied_module, IMAGE, [("first", 8)], []),
+    "tied parameter": (nets.tied_parameter, IMAGE, [("first", 8), ("one", 12)], []),
+    "two inputs": (nets.two_inputs, [(2, 3, 8, 8), (2, 2, 8, 8)], [("left", 8), ("right", 6)], []),
+    "nested outputs": (nets.nested_outputs, IMAGE, [("first", 8), ("second", 12)], []),
+    "naked parameters": (nets.naked_parameters, IMAGE, [("kernel", 12)], []),
+    "depthwise by function": (nets.functional_depthwise, IMAGE, [("first", 12)], []),
+    "depthwise by function, groups written": (nets.functional_depthwise_literal, IMAGE, [], ["takes its groups from"]),
+    "dilated": (lambda: nets.Residual(nets.conv(8, 12, 3, dilation=2, padding=2), 8, 12), IMAGE,
+                [("before", 8), ("inner", 12)], []),
+    "padding same": (lambda: nets.Residual(nets.conv(8, 12, 3, padding="same", groups=2), 8, 12), IMAGE,
+                     [("before", 4), ("inner", 6)], []),
+    "padding reflect": (lambda: nets.Residual(nets.conv(8, 12, 3, padding=1, padding_mode="reflect"), 8, 12), IMAGE,
+                        [("before", 8), ("inner", 12)], []),
+    "padding circular": (
+        lambda: nets.Residual(nets.conv(8, 8, 3, padding=1, padding_mode="circular", groups=8), 8, 8), IMAGE,
+        [("before", 8)], [],
+    ),
+    "pads of every mode": (lambda: nets.sandwich(nets.pads), IMAGE, [("first", 16)], []),
+    "squeeze and excitation, convolutions": (lambda: nets.squeeze_excitation("conv"), IMAGE,
+                                             [("first", 16), ("down", 6)], []),
+    "squeeze and excitation, view": (lambda: nets.squeeze_excitation("view"), IMAGE, [("first", 16), ("down", 6)], []),
+    "squeeze and excitation, expand_as": (lambda: nets.squeeze_excitation("expand_as"), IMAGE,
+                                          [("first", 16), ("down", 6)], []),
+    "pixel shuffle and back": (nets.pixel_shuffle, IMAGE, [("first", 6), ("second", 8)], []),
+    "channel shuffle, module": (lambda: nets.Residual(nn.ChannelShuffle(4), 16, 16), IMAGE, [("before", 4)], []),
+    "shuffle, sizes computed": (lambda: nets.sandwich(nets.shuffle), IMAGE, [("first", 4)], []),
+    "shuffle, size left open": (lambda: nets.sandwich(nets.shuffle_open), IMAGE, [("first", 4)], []),
+    "shuffle, slots written": (lambda: nets.sandwich(nets.shuffle_slots_written), IMAGE, [], ["reshapes them to sizes"]),
+    "shuffle, slots written, groups computed": (
+        lambda: nets.sandwich(nets.shuffle_slots_computed), IMAGE, [], ["reshapes them to sizes"]
+    ),
+    "shuffle, sizes written": (lambda: nets.sandwich(nets.shuffle_all_written), IMAGE, [], ["reshapes them to sizes"]),
+    "chunk": (lambda: nets.sandwich(nets.halves_chunked, c_after=24), IMAGE, [("first", 8)], []),
+    "split, size computed": (lambda: nets.sandwich(nets.halves_computed), IMAGE, [("first", 8)], []),
+    "split, size written": (lambda: nets.sandwich(nets.halves_written), IMAGE, [], ["splits them into parts of a size"]),
+    "split, uneven": (lambda: nets.sandwich(nets.uneven_parts), IMAGE, [], ["splits them into parts of sizes"]),
+    "slice written": (lambda: nets.sandwich(nets.slice_written), IMAGE, [], ["picks channels by numbers"]),
+    "channels padded, then added": (
+        lambda: nets.sandwich(lambda net, y: net.inner(y) + F.pad(y, (0, 0, 0, 0, 1, 3)), 16, 20, inner=nets.conv(16, 20)),
+        IMAGE,
+        [("first", 16)],
+        ["pads channels by a number"],
+    ),
+    "channels padded up to a number": (
+        lambda: nets.sandwich(
+            lambda net, y: net.inner(y) + F.pad(y, (0, 0, 0, 0, 0, 20 - y.shape[1])), 16, 20, inner=nets.conv(16, 20)
+        ),
+        IMAGE,
+        [],
+        ["pads channels by a number", "pads them up to a number"],
+    ),
+    "channels padded by copies": (
+        lambda: nets.sandwich(nets.copies_of_channels, c_after=18), IMAGE, [], ["with copies of them"]
+    ),
+    "channels cropped": (
+        lambda: nets.sandwich(lambda net, y: F.pad(y, (0, 0, 0, 0, -2, -3)), c_after=11), IMAGE, [], ["crops channels"]
+    ),
+    "one padding module, run twice": (nets.TwiceAround, IMAGE, [("first", 8), ("second", 4)], []),
+    "batch norm without affine": (lambda: nets.Residual(nn.BatchNorm2d(8, affine=False), 8, 8), IMAGE, [("before", 8)], []),
+    "batch norm without statistics": (
+        lambda: nets.Residual(nn.BatchNorm2d(8, track_running_stats=False), 8, 8), IMAGE, [("before", 8)], []
+    ),
+    "instance norm, affine": (
+        lambda: nets.Residual(nn.InstanceNorm2d(8, affine=True), 8, 8), IMAGE, [("before", 8)], []
+    ),
+    "instance norm, tracked": (
+        lambda: nets.Residual(nn.InstanceNorm2d(8, affine=True, track_running_stats=True), 8, 8), IMAGE, [("before", 8)], []
+    ),
+    "instance norm over groups": (
+        lambda: nets.sandwich(nets.instance_statistics_over_groups), IMAGE, [], ["averages over them"]
+    ),
+    "group norm": (lambda: nets.Residual(nn.GroupNorm(4, 8), 8, 8), IMAGE, [], ["(group norm) averages over channels"]),
+    "layer norm": (
+        lambda: nets.sandwich(
+            lambda net, y: net.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), norm=nn.LayerNorm(16)
+        ),
+        IMAGE,
+        [],
+        ["(layer norm) was built for a fixed number of channels"],
+    ),
+    "local response norm": (lambda: nets.Residual(nn.LocalResponseNorm(3), 8, 8), IMAGE, [], ["pool"]),
+    "channels last": (
+        lambda: nets.sandwich(nets.channels_last, down=nn.Linear(16, 6), up=nn.Linear(6, 16)), IMAGE,
+        [("first", 16), ("down", 6)], [],
+    ),
+    "adaptive max pool": (lambda: nets.Residual(nn.AdaptiveMaxPool2d(2), 8, 8), IMAGE, [("before", 8)], []),
+    "clamped by a parameter": (
+        lambda: nets.sandwich(lambda net, y: torch.clamp(y, max=net.ceiling), ceiling=torch.full((16, 1, 1), 0.2)),
+        IMAGE, [("first", 16)], [],
+    ),
+    "other type and back": (
+        lambda: nets.sandwich(lambda net, y: y.double().to(net.last.weight.dtype)), IMAGE, [("first", 16)], []
+    ),
+    "written into zeros": (lambda: nets.sandwich(nets.write_into_zeros), IMAGE, [("first", 16)], []),
+    "written into a part": (
+        lambda: nets.sandwich(nets.write_into_part, inner=nets.conv(16, 8)), IMAGE, [], ["picks channels by numbers"]
+    ),
+    "outer product": (
+        lambda: nets.sandwich(nets.outer_product, c_after=96, second=nn.Linear(16, 6)), IMAGE, [("first", 1)], []
+    ),
+    "variance of everything": (
+        lambda: nets.sandwich(lambda net, y: y * y.var(unbiased=False)), IMAGE, [], ["var in Net reduces over them"]
+    ),
+    "attention": (
+        nets.attention, IMAGE, [], ["no rule for operator scaled_dot_product_attention", "reshapes them to sizes"]
+    ),
+    "weight norm": (nets.weight_norm, IMAGE, [], ["is computed in a way that hides its channels"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_net(name: str):
+    build, shapes, groups, fragments = CASES[name]
+    graph = assert_exact(build, shapes)
+    assert [(group.name, group.channels) for group in graph.groups] == groups
+    for fragment in fragments:
+        assert any(fragment in reason for reason in reasons(graph)), fragment
+    for reason in reasons(graph):
+        assert any(fragment in reason for fragment in fragments), reason
+
+
+def test_option_a():
+    """One stream of 16 channels runs through the zero-padded shortcuts; the others join in the middle of the net."""
+    graph = assert_exact(resnet20, [(1, 3, 16, 16)])
+    assert [group.channels for group in graph.groups] == [16, 16, 16, 16, 32, 16, 32, 32, 64, 32, 64, 64]
+    assert sum(group.channels for group in graph.groups) == 16 + 3 * (16 + 32 + 64) + 16 + 32
+    assert reasons(graph) == set()
+
+
+def test_mobilenet_v1():
+    graph = assert_exact(mobilenet_v1_025, [(1, 3, 64, 64)])
+    assert [group.channels for group in graph.groups] == [8, 16, 32, 32, 64, 64, *[128] * 6, 256, 256]
+    assert reasons(graph) == set()

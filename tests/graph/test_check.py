@@ -1,0 +1,119 @@
+"""The self-check notices what the trace cannot see, and names the group."""
+
+import pytest
+import torch
+from nets import Net, conv
+from torch import nn
+
+from convpare.errors import ConvpareError
+from convpare.graph import SelfCheck, culprits, removed, self_check, trace, zeroed
+
+IMAGE = torch.zeros(2, 3, 8, 8)
+
+
+def scaled_by_its_width() -> nn.Module:
+    """The first group changes the others by a number that no label shows; the second is sound."""
+    torch.manual_seed(0)
+    return Net(lambda net, x: net.c(torch.relu(net.b(net.a(x) / net.a(x).shape[1]))), a=conv(3, 4), b=conv(4, 6), c=conv(6, 2))
+
+
+def test_a_number_taken_from_the_width_is_caught_and_named():
+    model = scaled_by_its_width()
+    graph = trace(model, IMAGE)
+    assert [(g.name, g.channels) for g in graph.groups] == [("a", 4), ("b", 6)]
+    keep = graph.keep_all()
+    keep[[1, 5]] = False
+    check = self_check(model, graph, keep)
+    assert not check.passed
+    assert 1e-3 < check.max_relative_error < 1.0
+    assert [g.name for g in culprits(model, graph, keep)] == ["a"]
+    keep[1] = True
+    assert self_check(model, graph, keep).passed
+    assert culprits(model, graph, keep) == []
+
+
+def test_a_net_that_no_longer_runs_is_as_wrong_as_can_be():
+    model = Net(lambda net, x: net.b(net.a(x).reshape(2, [4, 8][net.a(x).shape[1] // 4], 8, 8) if net.a(x).shape[1] < 4
+                                     else net.a(x)), a=conv(3, 4), b=conv(4, 2))  # fmt: skip
+    graph = trace(model, IMAGE)
+    keep = graph.keep_all()
+    keep[0] = False
+    check = self_check(model, graph, keep)
+    assert check.max_relative_error == float("inf")
+    assert not check.passed
+
+
+def test_not_a_number_fails():
+    assert not SelfCheck(float("nan")).passed
+    model = nn.Sequential(conv(3, 4), conv(4, 2))
+    with torch.no_grad():
+        model[1].bias[0] = float("nan")
+    graph = trace(model, IMAGE)
+    keep = graph.keep_all()
+    keep[0] = False
+    assert not self_check(model, graph, keep).passed
+
+
+def test_result_prints_and_serialises():
+    assert str(SelfCheck(3.2e-16)) == "self-check passed: relative error 3.2e-16 (tolerance 1e-09)"
+    assert str(SelfCheck(0.25)) == "self-check FAILED: relative error 2.5e-01 (tolerance 1e-09)"
+    assert SelfCheck(1e-9).passed
+    assert not SelfCheck(1.1e-9).passed
+    assert SelfCheck(0.5).to_json() == {"passed": False, "max_relative_error": 0.5, "tolerance": 1e-9}
+
+
+def test_zeroed_by_hand():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.Sigmoid(), conv(4, 2)).eval()
+    graph = trace(model, IMAGE)
+    keep = graph.keep_all()
+    keep[[0, 3]] = False
+    dense = zeroed(model, graph, keep)
+    for tensor in (dense[0].weight, dense[0].bias, dense[1].weight, dense[1].running_var, dense[3].weight.movedim(1, 0)):
+        assert not tensor[[0, 3]].any()
+        assert tensor[[1, 2]].any()
+    assert torch.equal(dense[3].bias, model[3].bias)
+    small = removed(model, graph, keep)
+    assert torch.equal(small[0].weight, model[0].weight[[1, 2]])
+    assert torch.equal(small[3].weight, model[3].weight[:, [1, 2]])
+    x = torch.randn(2, 3, 8, 8)
+    hand = model[0](x)
+    hand = torch.sigmoid(model[1](hand))[:, [1, 2]]
+    hand = torch.conv2d(hand, model[3].weight[:, [1, 2]], model[3].bias)
+    assert torch.allclose(small(x), hand, atol=1e-6)
+
+
+def test_keeping_all_changes_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 2))
+    graph = trace(model, IMAGE)
+    same = removed(model, graph, graph.keep_all())
+    assert [torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True)] == [True] * 4
+    assert self_check(model, graph, graph.keep_all()).max_relative_error == 0.0
+
+
+def test_a_net_without_removable_channels():
+    model = nn.Sequential(conv(3, 2))
+    graph = trace(model, IMAGE)
+    assert (graph.channels, graph.groups, graph.units) == (0, (), {})
+    assert self_check(model, graph, graph.keep_all()).max_relative_error == 0.0
+    assert [p.shape for p in removed(model, graph, graph.keep_all()).parameters()] == [(2, 3, 1, 1), (2,)]
+
+
+def test_outputs_that_are_no_tensors_are_refused_by_name():
+    class Result:
+        pass
+
+    torch.utils._pytree.register_pytree_node(Result, lambda r: ([r.x], None), lambda xs, _: _result(Result, xs[0]))
+    model = Net(lambda net, x: _result(Result, net.b(net.a(x))), a=conv(3, 4), b=conv(4, 2))
+    graph = trace(model, IMAGE)
+    keep = graph.keep_all()
+    keep[0] = False
+    with pytest.raises(ConvpareError, match="the model returns a Result; expected tensors in tuples, lists or dicts"):
+        self_check(model, graph, keep)
+
+
+def _result(kind: type, x: torch.Tensor) -> object:
+    made = kind()
+    made.x = x
+    return made
