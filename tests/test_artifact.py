@@ -32,7 +32,7 @@ from convpare.graph import mends, removed, trace
 from convpare.graph.mending import numbers, set_numbers
 from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan, RemoveChannels
-from convpare.preprocessing import Preprocessing
+from convpare.data.preprocessing import Preprocessing
 from convpare.zoo import load_model
 
 torch.set_num_threads(1)

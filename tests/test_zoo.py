@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from convpare.errors import ConvpareError
-from convpare.preprocessing import Preprocessing
+from convpare.data.preprocessing import Preprocessing
 from convpare.zoo import is_builtin, load_model
 
 

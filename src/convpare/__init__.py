@@ -1,6 +1,21 @@
 """Find what a convolutional network does not need, remove it, prove that the result is right, and say what it cost."""
 
-from convpare.errors import ConvpareError
-
 __version__ = "0.1.0"
-__all__ = ["ConvpareError"]
+
+from convpare.apply import apply
+from convpare.artifact import load, load_artifact, save
+from convpare.compress import Compression, CompressOptions, compress
+from convpare.data import load_data
+from convpare.errors import ConvpareError
+from convpare.evaluation import evaluate
+from convpare.graph import Graph, trace
+from convpare.planning.cost import count
+from convpare.planning.plan import Plan, load_plan
+from convpare.planning.planner import PlanOptions, plan
+from convpare.recovery import RecoverOptions, recover
+from convpare.zoo import load_model
+
+__all__ = [
+    "CompressOptions", "Compression", "ConvpareError", "Graph", "Plan", "PlanOptions", "RecoverOptions", "apply", "compress",
+    "count", "evaluate", "load", "load_artifact", "load_data", "load_model", "load_plan", "plan", "recover", "save", "trace",
+]  # fmt: skip

@@ -36,7 +36,7 @@ from convpare.errors import ConvpareError
 from convpare.graph.mending import numbers, set_numbers
 from convpare.graph.surgery import BATCH_NORMS
 from convpare.planning.plan import Plan
-from convpare.preprocessing import Preprocessing
+from convpare.data.preprocessing import Preprocessing
 from convpare.zoo import is_builtin, load_model
 
 SCHEMA = 1

@@ -18,7 +18,7 @@ from torch import nn
 from convpare import blocks
 from convpare.errors import ConvpareError
 from convpare.optional import import_extra
-from convpare.preprocessing import Preprocessing
+from convpare.data.preprocessing import Preprocessing
 from convpare.weights import load_weights
 
 BUILTIN_PREFIXES = ("torchvision", "timm", "convpare")

@@ -42,6 +42,10 @@ PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lerp": lambda x, y: torch.lerp(x, y, 0.3), "stack": lambda x, y: torch.stack([x, y], 1).amax(1),
     "beside": lambda x, y: torch.cat([x, y], 2), "interleave": lambda x, y: torch.stack([x, y], 2).flatten(1, 2),
 }  # fmt: skip
+LITERALS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "slice": lambda x, number: x[:, :number], "step": lambda x, number: x[:, ::2], "flip": lambda x, number: x.flip(1),
+    "roll": lambda x, number: x.roll(number, 1), "split": lambda x, number: torch.cat(x.split(number, 1)[::-1], 1),
+}  # fmt: skip
 
 
 class RandomNet(nn.Module):
@@ -135,7 +139,8 @@ class RandomNet(nn.Module):
 
     def _depthwise(self, i: int) -> None:
         c = self._values[i].shape[1]
-        conv = CONV[self.dims](c, c * self.rng.choice([1, 1, 2, 3]), 3, groups=c, padding=1, bias=self.rng.random() < 0.5)
+        c_out, bias = c * self.rng.choice([1, 1, 2, 3]), self.rng.random() < 0.5
+        conv = CONV[self.dims](c, c_out, 3, groups=c, padding=1, bias=bias)
         if self.rng.random() < 0.3:
             self._add("functional", [i], part=self._part(conv), groups=c if self.rng.random() < 0.3 else None)
         else:
@@ -217,7 +222,8 @@ class RandomNet(nn.Module):
 
     def _linear(self, i: int) -> None:
         c = self._values[i].shape[1]
-        self._add("channels_last", [i], part=self._part(nn.Linear(c, self.rng.choice([1, 2, 4, c]), self.rng.random() < 0.5)))
+        linear = nn.Linear(c, self.rng.choice([1, 2, 4, c]), bias=self.rng.random() < 0.5)
+        self._add("channels_last", [i], part=self._part(linear))
 
     def _resize(self, i: int) -> None:
         x = self._values[i]
@@ -264,8 +270,9 @@ class RandomNet(nn.Module):
     def _tied(self, i: int) -> None:
         """A new convolution with the kernel of another."""
         x = self._values[i]
+        side = min(x.shape[2:])
         for m in list(self.parts.values()):
-            if isinstance(m, CONV[self.dims]) and m.in_channels == x.shape[1] > 3 and m.kernel_size[0] <= min(x.shape[2:]):
+            if isinstance(m, CONV[self.dims]) and m.in_channels == x.shape[1] > 3 and m.kernel_size[0] <= side:
                 twin = CONV[self.dims](m.in_channels, m.out_channels, m.kernel_size, groups=m.groups)
                 twin.weight = m.weight
                 self._add("layer", [i], part=self._part(twin))
@@ -355,23 +362,13 @@ class RandomNet(nn.Module):
         return x * s if kind == "mul" else x + s if kind == "add" else torch.clamp(x, max=s)
 
     def literal(self, x: Tensor, kind: str, number: int) -> Tensor:
-        if kind == "slice":
-            return x[:, :number]
-        if kind == "step":
-            return x[:, ::2]
-        if kind == "roll":
-            return x.roll(number, 1)
-        if kind == "flip":
-            return x.flip(1)
-        if kind == "pad":
-            return F.pad(x, [0, 0] * self.dims + [1, number])
-        if kind == "split":
-            return torch.cat(x.split(number, 1)[::-1], 1)
         if kind == "write":
             y = torch.zeros_like(x)
             y[:, :number] = x[:, :number]
             return y
-        return F.pad(x, [0, 0] * self.dims + [0, number - x.shape[1]])
+        if kind in ("pad", "fill"):
+            return F.pad(x, [0, 0] * self.dims + ([1, number] if kind == "pad" else [0, number - x.shape[1]]))
+        return LITERALS[kind](x, number)
 
     def reduced(self, x: Tensor, g: int, axis: int) -> Tensor:
         b, c, *spatial = x.shape
@@ -417,7 +414,7 @@ def random_masks(graph: Graph, rng: np.random.Generator) -> np.ndarray:
 
 
 def check(seed: int, size: int = 12, rounds: int = 2) -> Finding:
-    """Build the network of `seed`, remove random channels, and once more from what is left; assert that all is exact."""
+    """Build the network of `seed`, remove random channels, again from what is left; assert that all is exact."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PyTorch's word for an attribute that is not true
         return _check(seed, size, rounds)
@@ -466,12 +463,11 @@ def main() -> int:
             if not isinstance(error, AssertionError) or given.graphs == 1:
                 traceback.print_exc()
     share = [f.removable / f.channels for f in findings]
-    print(
-        f"{given.graphs} networks, {failures} failed, {time.time() - start:.0f} s; of the others "
-        f"{sum(f.removed > 0 for f in findings)} lost channels (and {sum(f.effect > 1e-3 for f in findings)} of them changed "
-        f"by more than 0.001), {np.mean(share):.2f} of all output channels are removable "
-        f"units on average; largest relative error {max((f.error for f in findings), default=0):.1e}"
-    )
+    felt = sum(f.effect > 1e-3 for f in findings)
+    print(f"{given.graphs} networks in {time.time() - start:.0f} s, {failures} failed")
+    print(f"{sum(f.removed > 0 for f in findings)} lost channels, {felt} of them changed by more than 0.001")
+    print(f"{np.mean(share):.2f} of all output channels are removable units on average")
+    print(f"largest relative error {max((f.error for f in findings), default=0):.1e}")
     return 1 if failures else 0
 
 

@@ -30,7 +30,7 @@ def conv(c_in: int, c_out: int, kernel: int = 1, **options: object) -> nn.Conv2d
 
 
 def sandwich(middle: Forward, channels: int = 16, c_after: int | None = None, **parts: nn.Module | Tensor) -> Net:
-    """A convolution, `middle(net, y)`, a convolution: the middle sees `channels` channels and makes `c_after` of them."""
+    """A convolution, `middle(net, y)`, a convolution: the middle sees `channels` channels and makes `c_after`."""
 
     def forward(net: Net, x: Tensor) -> Tensor:
         return net.last(middle(net, F.relu(net.first(x))))
@@ -43,7 +43,9 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.down1, self.down2, self.mid = conv(3, 8, 3, padding=1), conv(8, 12, 3, padding=1), conv(12, 16, 3, padding=1)
+        self.down1 = conv(3, 8, 3, padding=1)
+        self.down2 = conv(8, 12, 3, padding=1)
+        self.mid = conv(12, 16, 3, padding=1)
         self.up2 = nn.ConvTranspose2d(16, 12, 2, 2)
         self.merge2 = conv(24, 8, 3, padding=1)
         self.up1 = nn.ConvTranspose2d(8, 8, 2, 2, groups=2)
@@ -336,12 +338,35 @@ class TwiceAround(nn.Module):
         return self.last(a) + self.last(b)
 
 
+class Absolute(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.abs()
+
+
+def parametrized_depthwise() -> nn.Module:
+    """The kernel is computed element by element from a parameter that another module owns."""
+    depth = nn.utils.parametrize.register_parametrization(conv(12, 12, 3, groups=12, bias=False), "weight", Absolute())
+    return Residual(depth, 12, 12)
+
+
+class PlainTensor(nn.Module):
+    """A tensor that is neither parameter nor buffer, beside a shuffle that must be tried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.half = conv(3, 16), conv(16, 4), torch.full((1, 1, 1, 1), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(shuffle(self, self.first(x) * self.half.to(x)))  # type: ignore[arg-type]
+
+
 def attention() -> nn.Module:
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.first(x).flatten(2).transpose(1, 2)
         return net.last(y + net.mix(y, y, y, need_weights=False)[0])
 
-    return Net(forward, first=conv(3, 8, 2, stride=2), mix=nn.MultiheadAttention(8, 2, batch_first=True), last=nn.Linear(8, 3))
+    mix = nn.MultiheadAttention(8, 2, batch_first=True)
+    return Net(forward, first=conv(3, 8, 2, stride=2), mix=mix, last=nn.Linear(8, 3))
 
 
 def weight_norm() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Zeroed == removed, the predicted cost, true attributes and an untouched original, from torchvision to odd forwards."""
+"""Zeroed == removed, predicted cost, true attributes and an untouched original, from torchvision to odd forwards."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import OUTPUT, assert_exact
+from checks import OUTPUT, assert_exact, random_keep
 from torch import nn
 
 from convpare.blocks.cifar import resnet20
 from convpare.blocks.mobilenet import mobilenet_v1_025
-from convpare.graph import Graph
+from convpare.graph import Graph, removed, trace
 
 torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
 
@@ -76,7 +76,7 @@ def test_torchvision(name: str):
 
 IMAGE = [(2, 3, 8, 8)]
 
-# name → how to build it, shapes of its inputs, groups as (name, channels), what stands in the reasons of frozen channels
+# name → how to build it, shapes of its inputs, groups as (name, channels), what the reasons of frozen channels say
 CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list[str]]] = {
     "u-net": (
         nets.UNet,
@@ -89,25 +89,35 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
     "grouped 1": (lambda: nets.grouped(1), IMAGE, [("before", 16), ("inner.0", 32)], []),
     "grouped 2": (lambda: nets.grouped(2), IMAGE, [("before", 8), ("inner.0", 16)], []),
     "grouped 4": (lambda: nets.grouped(4), IMAGE, [("before", 4), ("inner.0", 8)], []),
-    "grouped, down to one slot a group": (
-        lambda: nets.grouped(4, 8, 16), IMAGE, [("before", 2), ("inner.0", 4)], []
-    ),
+    "grouped, down to one slot a group": (lambda: nets.grouped(4, 8, 16), IMAGE, [("before", 2), ("inner.0", 4)], []),
     "depthwise": (lambda: nets.grouped(16, 16, 16), IMAGE, [("before", 16)], []),
     "depthwise, multiplier 2": (lambda: nets.grouped(16), IMAGE, [("before", 16)], []),
     "grouped, one output a group": (lambda: nets.grouped(8, 16, 8), IMAGE, [("before", 2), ("inner.0", 1)], []),
     "transposed": (lambda: nets.grouped(1, transposed=True), IMAGE, [("before", 16), ("inner.0", 32)], []),
     "transposed, grouped 2": (lambda: nets.grouped(2, transposed=True), IMAGE, [("before", 8), ("inner.0", 16)], []),
     "transposed, down to one slot a group": (
-        lambda: nets.grouped(4, 8, 8, transposed=True), IMAGE, [("before", 2), ("inner.0", 2)], []
+        lambda: nets.grouped(4, 8, 8, transposed=True),
+        IMAGE,
+        [("before", 2), ("inner.0", 2)],
+        [],
     ),
     "transposed, depthwise": (lambda: nets.grouped(16, 16, 16, transposed=True), IMAGE, [("before", 16)], []),
     "transposed, two inputs a group": (lambda: nets.grouped(8, 16, 8, transposed=True), IMAGE, [("before", 8)], []),
     "transposed, two outputs a group": (
-        lambda: nets.grouped(16, transposed=True), IMAGE, [("before", 1), ("inner.0", 2)], []
+        lambda: nets.grouped(16, transposed=True),
+        IMAGE,
+        [("before", 1), ("inner.0", 2)],
+        [],
     ),
     "flatten, linear": (
         lambda: nn.Sequential(
-            nets.conv(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 12), nn.Tanh(), nn.Linear(12, 4)
+            nets.conv(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(288, 12),
+            nn.Tanh(),
+            nn.Linear(12, 4),
         ),
         IMAGE,
         [("0", 8), ("4", 12)],
@@ -122,38 +132,75 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
     "naked parameters": (nets.naked_parameters, IMAGE, [("kernel", 12)], []),
     "depthwise by function": (nets.functional_depthwise, IMAGE, [("first", 12)], []),
     "depthwise by function, groups written": (nets.functional_depthwise_literal, IMAGE, [], ["takes its groups from"]),
-    "dilated": (lambda: nets.Residual(nets.conv(8, 12, 3, dilation=2, padding=2), 8, 12), IMAGE,
-                [("before", 8), ("inner", 12)], []),
-    "padding same": (lambda: nets.Residual(nets.conv(8, 12, 3, padding="same", groups=2), 8, 12), IMAGE,
-                     [("before", 4), ("inner", 6)], []),
-    "padding reflect": (lambda: nets.Residual(nets.conv(8, 12, 3, padding=1, padding_mode="reflect"), 8, 12), IMAGE,
-                        [("before", 8), ("inner", 12)], []),
+    "dilated": (
+        lambda: nets.Residual(nets.conv(8, 12, 3, dilation=2, padding=2), 8, 12),
+        IMAGE,
+        [("before", 8), ("inner", 12)],
+        [],
+    ),
+    "padding same": (
+        lambda: nets.Residual(nets.conv(8, 12, 3, padding="same", groups=2), 8, 12),
+        IMAGE,
+        [("before", 4), ("inner", 6)],
+        [],
+    ),
+    "padding reflect": (
+        lambda: nets.Residual(nets.conv(8, 12, 3, padding=1, padding_mode="reflect"), 8, 12),
+        IMAGE,
+        [("before", 8), ("inner", 12)],
+        [],
+    ),
     "padding circular": (
-        lambda: nets.Residual(nets.conv(8, 8, 3, padding=1, padding_mode="circular", groups=8), 8, 8), IMAGE,
-        [("before", 8)], [],
+        lambda: nets.Residual(nets.conv(8, 8, 3, padding=1, padding_mode="circular", groups=8), 8, 8),
+        IMAGE,
+        [("before", 8)],
+        [],
     ),
     "pads of every mode": (lambda: nets.sandwich(nets.pads), IMAGE, [("first", 16)], []),
-    "squeeze and excitation, convolutions": (lambda: nets.squeeze_excitation("conv"), IMAGE,
-                                             [("first", 16), ("down", 6)], []),
+    "squeeze and excitation, convolutions": (
+        lambda: nets.squeeze_excitation("conv"),
+        IMAGE,
+        [("first", 16), ("down", 6)],
+        [],
+    ),
     "squeeze and excitation, view": (lambda: nets.squeeze_excitation("view"), IMAGE, [("first", 16), ("down", 6)], []),
-    "squeeze and excitation, expand_as": (lambda: nets.squeeze_excitation("expand_as"), IMAGE,
-                                          [("first", 16), ("down", 6)], []),
+    "squeeze and excitation, expand_as": (
+        lambda: nets.squeeze_excitation("expand_as"),
+        IMAGE,
+        [("first", 16), ("down", 6)],
+        [],
+    ),
     "pixel shuffle and back": (nets.pixel_shuffle, IMAGE, [("first", 6), ("second", 8)], []),
     "channel shuffle, module": (lambda: nets.Residual(nn.ChannelShuffle(4), 16, 16), IMAGE, [("before", 4)], []),
     "shuffle, sizes computed": (lambda: nets.sandwich(nets.shuffle), IMAGE, [("first", 4)], []),
     "shuffle, size left open": (lambda: nets.sandwich(nets.shuffle_open), IMAGE, [("first", 4)], []),
-    "shuffle, slots written": (lambda: nets.sandwich(nets.shuffle_slots_written), IMAGE, [], ["reshapes them to sizes"]),
+    "shuffle, slots written": (
+        lambda: nets.sandwich(nets.shuffle_slots_written),
+        IMAGE,
+        [],
+        ["reshapes them to sizes"],
+    ),
     "shuffle, slots written, groups computed": (
-        lambda: nets.sandwich(nets.shuffle_slots_computed), IMAGE, [], ["reshapes them to sizes"]
+        lambda: nets.sandwich(nets.shuffle_slots_computed),
+        IMAGE,
+        [],
+        ["reshapes them to sizes"],
     ),
     "shuffle, sizes written": (lambda: nets.sandwich(nets.shuffle_all_written), IMAGE, [], ["reshapes them to sizes"]),
     "chunk": (lambda: nets.sandwich(nets.halves_chunked, c_after=24), IMAGE, [("first", 8)], []),
     "split, size computed": (lambda: nets.sandwich(nets.halves_computed), IMAGE, [("first", 8)], []),
-    "split, size written": (lambda: nets.sandwich(nets.halves_written), IMAGE, [], ["splits them into parts of a size"]),
+    "split, size written": (
+        lambda: nets.sandwich(nets.halves_written),
+        IMAGE,
+        [],
+        ["splits them into parts of a size"],
+    ),
     "split, uneven": (lambda: nets.sandwich(nets.uneven_parts), IMAGE, [], ["splits them into parts of sizes"]),
     "slice written": (lambda: nets.sandwich(nets.slice_written), IMAGE, [], ["picks channels by numbers"]),
     "channels padded, then added": (
-        lambda: nets.sandwich(lambda net, y: net.inner(y) + F.pad(y, (0, 0, 0, 0, 1, 3)), 16, 20, inner=nets.conv(16, 20)),
+        lambda: nets.sandwich(
+            lambda net, y: net.inner(y) + F.pad(y, (0, 0, 0, 0, 1, 3)), 16, 20, inner=nets.conv(16, 20)
+        ),
         IMAGE,
         [("first", 16)],
         ["pads channels by a number"],
@@ -167,24 +214,47 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
         ["pads channels by a number", "pads them up to a number"],
     ),
     "channels padded by copies": (
-        lambda: nets.sandwich(nets.copies_of_channels, c_after=18), IMAGE, [], ["with copies of them"]
+        lambda: nets.sandwich(nets.copies_of_channels, c_after=18),
+        IMAGE,
+        [],
+        ["with copies of them"],
     ),
     "channels cropped": (
-        lambda: nets.sandwich(lambda net, y: F.pad(y, (0, 0, 0, 0, -2, -3)), c_after=11), IMAGE, [], ["crops channels"]
+        lambda: nets.sandwich(lambda net, y: F.pad(y, (0, 0, 0, 0, -2, -3)), c_after=11),
+        IMAGE,
+        [],
+        ["crops channels"],
     ),
     "one padding module, run twice": (nets.TwiceAround, IMAGE, [("first", 8), ("second", 4)], []),
-    "batch norm without affine": (lambda: nets.Residual(nn.BatchNorm2d(8, affine=False), 8, 8), IMAGE, [("before", 8)], []),
+    "batch norm without affine": (
+        lambda: nets.Residual(nn.BatchNorm2d(8, affine=False), 8, 8),
+        IMAGE,
+        [("before", 8)],
+        [],
+    ),
     "batch norm without statistics": (
-        lambda: nets.Residual(nn.BatchNorm2d(8, track_running_stats=False), 8, 8), IMAGE, [("before", 8)], []
+        lambda: nets.Residual(nn.BatchNorm2d(8, track_running_stats=False), 8, 8),
+        IMAGE,
+        [("before", 8)],
+        [],
     ),
     "instance norm, affine": (
-        lambda: nets.Residual(nn.InstanceNorm2d(8, affine=True), 8, 8), IMAGE, [("before", 8)], []
+        lambda: nets.Residual(nn.InstanceNorm2d(8, affine=True), 8, 8),
+        IMAGE,
+        [("before", 8)],
+        [],
     ),
     "instance norm, tracked": (
-        lambda: nets.Residual(nn.InstanceNorm2d(8, affine=True, track_running_stats=True), 8, 8), IMAGE, [("before", 8)], []
+        lambda: nets.Residual(nn.InstanceNorm2d(8, affine=True, track_running_stats=True), 8, 8),
+        IMAGE,
+        [("before", 8)],
+        [],
     ),
     "instance norm over groups": (
-        lambda: nets.sandwich(nets.instance_statistics_over_groups), IMAGE, [], ["averages over them"]
+        lambda: nets.sandwich(nets.instance_statistics_over_groups),
+        IMAGE,
+        [],
+        ["averages over them"],
     ),
     "group norm": (lambda: nets.Residual(nn.GroupNorm(4, 8), 8, 8), IMAGE, [], ["(group norm) averages over channels"]),
     "layer norm": (
@@ -197,29 +267,50 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
     ),
     "local response norm": (lambda: nets.Residual(nn.LocalResponseNorm(3), 8, 8), IMAGE, [], ["pool"]),
     "channels last": (
-        lambda: nets.sandwich(nets.channels_last, down=nn.Linear(16, 6), up=nn.Linear(6, 16)), IMAGE,
-        [("first", 16), ("down", 6)], [],
+        lambda: nets.sandwich(nets.channels_last, down=nn.Linear(16, 6), up=nn.Linear(6, 16)),
+        IMAGE,
+        [("first", 16), ("down", 6)],
+        [],
     ),
     "adaptive max pool": (lambda: nets.Residual(nn.AdaptiveMaxPool2d(2), 8, 8), IMAGE, [("before", 8)], []),
     "clamped by a parameter": (
         lambda: nets.sandwich(lambda net, y: torch.clamp(y, max=net.ceiling), ceiling=torch.full((16, 1, 1), 0.2)),
-        IMAGE, [("first", 16)], [],
+        IMAGE,
+        [("first", 16)],
+        [],
     ),
     "other type and back": (
-        lambda: nets.sandwich(lambda net, y: y.double().to(net.last.weight.dtype)), IMAGE, [("first", 16)], []
+        lambda: nets.sandwich(lambda net, y: y.double().to(net.last.weight.dtype)),
+        IMAGE,
+        [("first", 16)],
+        [],
     ),
     "written into zeros": (lambda: nets.sandwich(nets.write_into_zeros), IMAGE, [("first", 16)], []),
     "written into a part": (
-        lambda: nets.sandwich(nets.write_into_part, inner=nets.conv(16, 8)), IMAGE, [], ["picks channels by numbers"]
+        lambda: nets.sandwich(nets.write_into_part, inner=nets.conv(16, 8)),
+        IMAGE,
+        [],
+        ["picks channels by numbers"],
     ),
     "outer product": (
-        lambda: nets.sandwich(nets.outer_product, c_after=96, second=nn.Linear(16, 6)), IMAGE, [("first", 1)], []
+        lambda: nets.sandwich(nets.outer_product, c_after=96, second=nn.Linear(16, 6)),
+        IMAGE,
+        [("first", 1)],
+        [],
     ),
     "variance of everything": (
-        lambda: nets.sandwich(lambda net, y: y * y.var(unbiased=False)), IMAGE, [], ["var in Net reduces over them"]
+        lambda: nets.sandwich(lambda net, y: y * y.var(unbiased=False)),
+        IMAGE,
+        [],
+        ["var in Net reduces over them"],
     ),
+    "parametrized, depthwise": (nets.parametrized_depthwise, IMAGE, [("before", 12)], []),
+    "a tensor that is no parameter": (nets.PlainTensor, IMAGE, [("first", 4)], []),
     "attention": (
-        nets.attention, IMAGE, [], ["no rule for operator scaled_dot_product_attention", "reshapes them to sizes"]
+        nets.attention,
+        IMAGE,
+        [],
+        ["no rule for operator scaled_dot_product_attention", "reshapes them to sizes"],
     ),
     "weight norm": (nets.weight_norm, IMAGE, [], ["is computed in a way that hides its channels"]),
 }
@@ -234,6 +325,24 @@ def test_small_net(name: str):
         assert any(fragment in reason for reason in reasons(graph)), fragment
     for reason in reasons(graph):
         assert any(fragment in reason for fragment in fragments), reason
+
+
+def test_what_is_tied_stays_tied():
+    model = nets.tied_parameter()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    assert graph.aliases == {
+        "two.weight": "one.weight", "norm2.weight": "norm1.weight", "norm2.running_mean": "norm1.running_mean"
+    }  # fmt: skip
+    small = removed(model, graph, random_keep(graph, 0))
+    assert small.one.weight is small.two.weight
+    assert small.norm1.weight is small.norm2.weight
+    assert small.norm1.running_mean is small.norm2.running_mean
+    assert small.one.weight.shape == (8, 6, 3, 3)
+    shared = nets.tied_module()
+    graph = trace(shared, torch.zeros(1, 3, 8, 8))
+    small = removed(shared, graph, random_keep(graph, 0))
+    assert small.one is small.two
+    assert small.one.weight.shape == (6, 6, 3, 3)
 
 
 def test_option_a():

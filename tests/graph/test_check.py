@@ -14,7 +14,9 @@ IMAGE = torch.zeros(2, 3, 8, 8)
 def scaled_by_its_width() -> nn.Module:
     """The first group changes the others by a number that no label shows; the second is sound."""
     torch.manual_seed(0)
-    return Net(lambda net, x: net.c(torch.relu(net.b(net.a(x) / net.a(x).shape[1]))), a=conv(3, 4), b=conv(4, 6), c=conv(6, 2))
+    return Net(
+        lambda net, x: net.c(torch.relu(net.b(net.a(x) / net.a(x).shape[1]))), a=conv(3, 4), b=conv(4, 6), c=conv(6, 2)
+    )
 
 
 def test_a_number_taken_from_the_width_is_caught_and_named():
@@ -54,6 +56,33 @@ def test_not_a_number_fails():
     assert not self_check(model, graph, keep).passed
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_not_a_number_in_one_of_several_outputs_fails(first: bool):
+    """The other output, compared before or after, is right."""
+
+    def forward(net: Net, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = net.a(x)
+        good, bad = net.b(y), net.b(y) + net.nan
+        return (bad, good) if first else (good, bad)
+
+    model = Net(forward, a=conv(3, 4), b=conv(4, 2), nan=torch.full((1, 1, 1), float("nan")))
+    graph = trace(model, IMAGE)
+    keep = graph.keep_all()
+    keep[0] = False
+    check = self_check(model, graph, keep)
+    assert check.max_relative_error != check.max_relative_error
+    assert not check.passed
+
+
+def test_outputs_that_are_whole_numbers_prove_nothing():
+    model = Net(lambda net, x: net.b(net.a(x)).argmax(1), a=conv(3, 4), b=conv(4, 2))
+    graph = trace(model, IMAGE)
+    keep = graph.keep_all()
+    keep[0] = False
+    with pytest.raises(ConvpareError, match="Net returns no floating-point tensor"):
+        self_check(model, graph, keep)
+
+
 def test_result_prints_and_serialises():
     assert str(SelfCheck(3.2e-16)) == "self-check passed: relative error 3.2e-16 (tolerance 1e-09)"
     assert str(SelfCheck(0.25)) == "self-check FAILED: relative error 2.5e-01 (tolerance 1e-09)"
@@ -69,7 +98,13 @@ def test_zeroed_by_hand():
     keep = graph.keep_all()
     keep[[0, 3]] = False
     dense = zeroed(model, graph, keep)
-    for tensor in (dense[0].weight, dense[0].bias, dense[1].weight, dense[1].running_var, dense[3].weight.movedim(1, 0)):
+    for tensor in (
+        dense[0].weight,
+        dense[0].bias,
+        dense[1].weight,
+        dense[1].running_var,
+        dense[3].weight.movedim(1, 0),
+    ):
         assert not tensor[[0, 3]].any()
         assert tensor[[1, 2]].any()
     assert torch.equal(dense[3].bias, model[3].bias)
@@ -98,6 +133,32 @@ def test_a_net_without_removable_channels():
     assert (graph.channels, graph.groups, graph.units) == (0, (), {})
     assert self_check(model, graph, graph.keep_all()).max_relative_error == 0.0
     assert [p.shape for p in removed(model, graph, graph.keep_all()).parameters()] == [(2, 3, 1, 1), (2,)]
+
+
+def test_a_forward_that_cannot_run_in_float64_is_not_blamed_on_the_surgery():
+    model = Net(lambda net, x: net.b(net.a(x).float()), a=conv(3, 4), b=conv(4, 2))
+    graph = trace(model, IMAGE)
+    assert graph.channels == 4
+    with pytest.raises(ConvpareError, match=r"Net cannot be self-checked: .* in float64 it does not run"):
+        self_check(model, graph, graph.keep_all())
+
+
+def test_a_forward_that_draws_numbers():
+    model = Net(lambda net, x: net.b(net.a(x) + torch.rand(1, 1, 8, 8)), a=conv(3, 4), b=conv(4, 2))
+    graph = trace(model, IMAGE)
+    keep = graph.keep_all()
+    keep[0] = False
+    state = torch.get_rng_state()
+    assert self_check(model, graph, keep).passed
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_outputs_without_tensors_are_passed_over():
+    model = Net(lambda net, x: (net.b(net.a(x)), None, {"scale": 2, "name": "x"}), a=conv(3, 4), b=conv(4, 2))
+    graph = trace(model, IMAGE)
+    keep = graph.keep_all()
+    keep[0] = False
+    assert self_check(model, graph, keep).passed
 
 
 def test_outputs_that_are_no_tensors_are_refused_by_name():

@@ -150,7 +150,9 @@ def test_per_channel_statistics_over_the_channels():
         return between(lambda net, y: norm(net, y.flatten(1)[:, None]).view(y.shape), 4, 4, bn=nn.BatchNorm1d(1))
 
     assert groups(by(lambda net, flat: net.bn(flat))) == [("a", 4, ("a",), ("z",))]
-    assert frozen(by(lambda net, flat: F.instance_norm(flat))) == {"a": [(4, "instance_norm in Net averages over them")]}
+    assert frozen(by(lambda net, flat: F.instance_norm(flat))) == {
+        "a": [(4, "instance_norm in Net averages over them")]
+    }
 
 
 def test_norms_without_parameters_say_how_many_channels_they_take():
@@ -249,9 +251,7 @@ def test_pad():
 
 
 def test_pad_with_copies_of_channels():
-    graph = between(
-        lambda net, y: F.pad(y.movedim(1, 3), (1, 1, 0, 0), mode="reflect").movedim(3, 1), 4, 6
-    )
+    graph = between(lambda net, y: F.pad(y.movedim(1, 3), (1, 1, 0, 0), mode="reflect").movedim(3, 1), 4, 6)
     assert frozen(graph) == {"a": [(4, "pad in Net pads the axis that they lie on with copies of them")]}
 
 
@@ -264,7 +264,9 @@ def test_cat():
     )
     assert groups(graph) == [("b", 4, ("b",), ("z",)), ("a", 2, ("a",), ("z",))]
     assert units(graph, "z.weight", 1) == [0, 1, 2, 3, -1, -1, -1, 4, 5, 0, 1, 2, 3]
-    beside = graph_of(lambda net, x: net.z(torch.cat([net.a(x), net.b(x)], 3)), a=conv(3, 4), b=conv(3, 4), z=conv(4, 2))
+    beside = graph_of(
+        lambda net, x: net.z(torch.cat([net.a(x), net.b(x)], 3)), a=conv(3, 4), b=conv(3, 4), z=conv(4, 2)
+    )
     assert groups(beside) == [("a", 4, ("a", "b"), ("z",))]
     with_input = graph_of(lambda net, x: net.z(torch.cat([net.a(x), x], 2)), a=conv(3, 3), z=conv(3, 2))
     assert frozen(with_input) == {"a": [(3, "cat in Net puts them beside a tensor of fixed size")]}
@@ -350,7 +352,10 @@ def test_channel_shuffle():
 
 def test_stack():
     graph = graph_of(
-        lambda net, x: net.z(torch.stack([net.a(x), net.b(x)], 2).flatten(1, 2)), a=conv(3, 3), b=conv(3, 3), z=conv(6, 2)
+        lambda net, x: net.z(torch.stack([net.a(x), net.b(x)], 2).flatten(1, 2)),
+        a=conv(3, 3),
+        b=conv(3, 3),
+        z=conv(6, 2),
     )
     assert groups(graph) == [("a", 3, ("a", "b"), ("z",))]
     assert units(graph, "z.weight", 1) == [0, 0, 1, 1, 2, 2]
@@ -386,6 +391,20 @@ def test_multiplications_that_are_not_counted_are_named():
     graph = between(lambda net, y: y @ y.transpose(2, 3), 4, 4)
     assert graph.not_counted == {"matmul": 1}
     assert frozen(graph) == {"a": [(4, "no rule for operator matmul in Net on 2×4×8×8")]}
+
+
+def test_blocks_that_cannot_be_looked_into_are_named():
+    """A convolution under autocast stands in no list of layers; the count says that something is missing."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net.b(net.a(x))
+        return net.z(y.to(x.dtype))
+
+    graph = graph_of(forward, a=conv(3, 4), b=conv(4, 4), z=conv(4, 2))
+    assert graph.not_counted == {"wrap_with_autocast": 1}
+    assert [layer.name for layer in graph.layers] == ["z"]
+    assert graph.channels == 0
 
 
 def test_a_rule_of_your_own():
@@ -435,8 +454,10 @@ def _mend_widen(module, keep):
 def test_mends(kind: type[Widen], count: int):
     """A padding module of the user's own keeps its channels in place until it is taught."""
     torch.manual_seed(0)
-    net = Net(lambda net, x: net.z(F.relu(net.b(net.a(x)) + net.pad(net.a(x)))), a=conv(3, 3), b=conv(3, 6), z=conv(6, 2),
-              pad=kind(1, 2))  # fmt: skip
+    net = Net(
+        lambda net, x: net.z(F.relu(net.b(net.a(x)) + net.pad(net.a(x)))),
+        a=conv(3, 3), b=conv(3, 6), z=conv(6, 2), pad=kind(1, 2),
+    )  # fmt: skip
     graph = trace(net, torch.zeros(1, 3, 4, 4))
     assert graph.channels == count
     stays = "pad in pad pads channels by a number written in its forward"
@@ -474,6 +495,30 @@ def test_graph_as_data():
         graph.group("z")
 
 
+def test_channel_units():
+    """The removable channel at every channel that a layer reads or makes, also where its kernel shares slots."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 16, 3, groups=8),
+        nn.ConvTranspose2d(16, 4, 3, groups=2), nn.ConvTranspose2d(4, 2, 3, groups=2), nn.Conv2d(2, 1, 1),
+        nn.Conv2d(1, 5, 1),
+    )  # fmt: skip
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    made = [graph.channel_units(layer, reads_input=False).tolist() for layer in graph.layers]
+    read = [graph.channel_units(layer, reads_input=True).tolist() for layer in graph.layers]
+    assert [graph.is_depthwise(layer) for layer in graph.layers] == [False, False, True, False, True, False, False]
+    assert made[0] == [0, 1, 0, 1]
+    assert made[1] == [2, 3, 4, 5, 2, 3, 4, 5]
+    assert made[2] == [2, 2, 3, 3, 4, 4, 5, 5, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert made[3] == [6, 6, 6, 6]  # the next layer sums pairs, and this one makes the pairs alike
+    assert made[4] == [6, 6]
+    assert made[5:] == [[-1], [-1] * 5]
+    assert read[0] == [-1, -1, -1]
+    assert read[1:] == made[:-1]
+    assert [graph.is_inner(group) for group in graph.groups] == [True, True, True]
+    stream = between(lambda net, y: y + net.b(y), 4, 4, b=conv(4, 4))
+    assert [stream.is_inner(group) for group in stream.groups] == [False]
+
+
 def test_groups_are_numbered_in_the_order_of_execution_and_named_apart():
     """Channels of one layer that differ in what reads them are groups of their own."""
 
@@ -485,8 +530,8 @@ def test_groups_are_numbered_in_the_order_of_execution_and_named_apart():
     assert [(g.name, g.channels, g.start) for g in graph.groups] == [("a", 4, 0), ("b", 5, 4), ("c", 2, 9)]
     assert graph.group("b").units == slice(4, 9)
     halves = graph_of(
-        lambda net, x: net.z(F.pad(net.a(x), (0, 0, 0, 0, 0, 2)) + net.b(x)) + net.w(net.b(x)), a=conv(3, 2), b=conv(3, 4),
-        z=conv(4, 1), w=conv(4, 1),
+        lambda net, x: net.z(F.pad(net.a(x), (0, 0, 0, 0, 0, 2)) + net.b(x)) + net.w(net.b(x)),
+        a=conv(3, 2), b=conv(3, 4), z=conv(4, 1), w=conv(4, 1),
     )  # fmt: skip
     assert groups(halves) == [("a", 2, ("a", "b"), ("z", "w"))]
     parts = graph_of(

@@ -155,7 +155,10 @@ MALFORMED: list[tuple[Change, str]] = [
     (setting("4", "edits", 0, "channels"), "channels is '4' in the plan"),
     (setting("low", "edits", 0, "error"), "error is 'low' in the plan"),
     (setting(10**400, "edits", 0, "error"), "error is 1000"),
-    (setting([], "edits", 0, "keep"), "must keep at least one of its 4 channels, each once, numbered from 0; the plan keeps 0"),
+    (
+        setting([], "edits", 0, "keep"),
+        "must keep at least one of its 4 channels, each once, numbered from 0; the plan keeps 0",
+    ),
     (setting([1, 1], "edits", 0, "keep"), r"the plan keeps 2: \[1, 1\]"),
     (setting([1, 4], "edits", 0, "keep"), r"group '0' must keep .* the plan keeps 2: \[1, 4\]"),
     (setting([-1, 2], "edits", 0, "keep"), r"the plan keeps 2: \[-1, 2\]"),
@@ -190,7 +193,17 @@ def test_unread_fields_and_a_missing_error_are_no_fault():
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe\x00", b"null", b"[1, 2]", b"{}", b"[" * 100_000, b'{"schema": ' + b"9" * 5000 + b"}", b"NaN"],
+    [
+        b"",
+        b"{",
+        b"\xff\xfe\x00",
+        b"null",
+        b"[1, 2]",
+        b"{}",
+        b"[" * 100_000,
+        b'{"schema": ' + b"9" * 5000 + b"}",
+        b"NaN",
+    ],
 )
 def test_files_that_are_no_plan(tmp_path: Path, content: bytes):
     path = tmp_path / "plan.json"
@@ -200,7 +213,7 @@ def test_files_that_are_no_plan(tmp_path: Path, content: bytes):
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):
-    with pytest.raises(ConvpareError, match="no plan at .*nowhere.json"):
+    with pytest.raises(ConvpareError, match=r"no plan at .*nowhere\.json"):
         load_plan(tmp_path / "nowhere.json")
     with pytest.raises(ConvpareError, match="is not a plan"):
         load_plan(tmp_path)

@@ -68,21 +68,31 @@ def _difference(model: nn.Module, graph: Graph, keep: np.ndarray, inputs: list[T
     dense = zeroed(model, graph, keep).double()
     small = removed(model, graph, keep).double()
     try:
-        pairs = list(zip(_outputs(dense, inputs), _outputs(small, inputs), strict=True))
+        whole = _outputs(dense, inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as cause:
+        first = str(cause).strip().partition("\n")[0]
+        raise ConvpareError(
+            f"{type(model).__name__} cannot be self-checked: with weights and inputs in float64 it does not run "
+            f"({type(cause).__name__}: {first[:300]}). Its forward must not convert to a type that it writes out."
+        ) from cause
+    try:
+        pairs = list(zip(whole, _outputs(small, inputs), strict=True))
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, ZeroDivisionError):
         return float("inf")  # the smaller net does not run: as wrong as can be
-    worst = 0.0
+    if not pairs:
+        raise ConvpareError(f"{type(model).__name__} returns no floating-point tensor, so that nothing can be compared")
+    errors = []
     for expected, got in pairs:
         if expected.shape != got.shape or not expected.numel():
             return float("inf")
         scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        error = float((expected - got).abs().max() / scale)
-        worst = error if not error <= worst else worst  # also when error is NaN
-    return worst
+        errors.append(float((expected - got).abs().max() / scale))
+    return float(np.max(errors))  # NaN if any is
 
 
 def _outputs(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # a forward that draws numbers draws the same ones in both nets
         return [x for x in _leaves(model(*inputs)) if x.is_floating_point()]
 
 
@@ -93,4 +103,6 @@ def _leaves(tree: Any) -> list[Tensor]:
         return [leaf for value in tree.values() for leaf in _leaves(value)]
     if isinstance(tree, list | tuple):
         return [leaf for value in tree for leaf in _leaves(value)]
+    if tree is None or isinstance(tree, int | float | str):
+        return []
     raise ConvpareError(f"the model returns a {type(tree).__name__}; expected tensors in tuples, lists or dicts")

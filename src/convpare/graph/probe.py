@@ -70,10 +70,10 @@ def _classes_of(axis: tuple[str, int], units: np.ndarray, record: "Record", clas
 def _survives(
     model: nn.Module, args: tuple[Tensor, ...], graph: Graph, record: "Record", classes: np.ndarray, keep: np.ndarray
 ) -> bool:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        tensors = [*model.parameters(), *model.buffers()]
-        memo: dict[int, Any] = {id(x): _fake(mode, x) for x in tensors}
-        trial = copy.deepcopy(model, memo)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {id(x): _fake(mode, x) for x in [*model.parameters(), *model.buffers()]}
+    trial = copy.deepcopy(model, memo)  # tensors that are neither, if any, are copied as they are
+    with mode, torch.no_grad():
         fake_args = tuple(mode.from_tensor(x) for x in args)
         remove_(trial, graph, keep)
         try:

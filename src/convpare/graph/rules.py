@@ -408,8 +408,8 @@ def move(t: "Tracer", x: Value, *args: Any, **kwargs: Any) -> Value:
 
 
 @rule(
-    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.unflatten", "aten.expand", "aten.view_as", "aten.reshape_as",
-    "aten.expand_as",
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.unflatten", "aten.expand", "aten.view_as",
+    "aten.reshape_as", "aten.expand_as",
 )  # fmt: skip
 def reshape(t: "Tracer", x: Value, *args: Any, **kwargs: Any) -> Value:
     """Channels that a reshape splits over several axes go alike along all but the last of them."""

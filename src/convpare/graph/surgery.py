@@ -38,8 +38,9 @@ def remove_(model: nn.Module, graph: Graph, keep: np.ndarray) -> None:
         old = getattr(owner, name.rpartition(".")[2])
         new = _sliced(old, kept_by_axis)
         for known in (name, *names[name]):
-            owner = model.get_submodule(known.rpartition(".")[0])
-            _replace(owner, known.rpartition(".")[2], new)
+            place, _, attribute = known.rpartition(".")
+            _replace(model.get_submodule(place), attribute, new)
+            owner = model.get_submodule(place.partition("parametrizations.")[0].rstrip("."))
             touched[id(owner)] = owner
     for owner in touched.values():
         sync_attributes(owner)

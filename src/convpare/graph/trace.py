@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -221,6 +222,8 @@ class Tracer:
         known = RULES.get(self.name)
         if known is not None:
             return known(self, *args, **kwargs)
+        if isinstance(node.target, HigherOrderOperator):  # a block of operators, as `torch.autocast` makes one
+            self._uncounted[self.name] += 1
         values = [v for v in _flatten((args, kwargs)) if isinstance(v, Value)]
         shape = "×".join(map(str, values[0].shape)) if values else "no tensor"
         freeze_values(self, values, f"no rule for operator {self.where} on {shape}")

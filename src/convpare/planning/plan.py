@@ -169,8 +169,9 @@ def _read_plan(data: object) -> Plan:
 
 def _read_edit(data: object) -> RemoveChannels:
     edit = _typed(data, dict, "an edit")
-    if edit.get("edit") != "remove_channels":
-        raise ConvpareError(f"the plan has an edit {reprlib.repr(edit.get('edit'))}; this version knows remove_channels")
+    kind = edit.get("edit")
+    if kind != "remove_channels":
+        raise ConvpareError(f"the plan has an edit {reprlib.repr(kind)}; this version knows remove_channels")
     group, channels = _get(edit, "group", str), _get(edit, "channels", int)
     keep = tuple(_ints(_get(edit, "keep", list), "keep"))
     if not keep or len(set(keep)) != len(keep) or min(keep) < 0 or max(keep) >= channels:

@@ -1,7 +1,7 @@
 """How many channels each group keeps, so that the budgets hold and the predicted error is small."""
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,7 +32,8 @@ class CostModel:
             fixed.append(int((units < 0).sum()))
         shape = (len(axes) + 1, len(graph.groups))
         entries = (np.concatenate(rows), np.concatenate(columns)) if rows else (np.zeros(0, int), np.zeros(0, int))
-        self._slope = csr_array((np.ones(len(entries[0])), entries), shape=shape)
+        channels = np.array([g.channels for g in graph.groups], float)
+        self._slope = csr_array((1 / channels[entries[1]], entries), shape=shape)  # duplicates add up
         self._fixed = np.array(fixed, float)
         positions = {layer.weight: layer.positions for layer in graph.layers}
         variable = {name: [number[name, a] for a in range(len(s)) if (name, a) in number] for name, s in graph.shapes.items()}
@@ -113,9 +114,35 @@ class Allocation:
     def kept(self) -> np.ndarray:
         return np.array([levels[i] for levels, i in zip(self.levels, self.at, strict=True)], float)
 
+    @property
+    def error(self) -> float:
+        return float(sum(errors[i] for errors, i in zip(self.errors, self.at, strict=True)))
+
     def fits(self) -> bool:
         cost = self.model.cost(self.kept)
         return all(cost[metric] <= limit for metric, limit in self.limits.items())
+
+
+def allocate(allocation: Allocation) -> None:
+    """Bring `allocation` within its limits at a small total error.
+
+    With several limits the price of one against the other is searched over a grid; the plan with the least error wins.
+    """
+    best: tuple[float, np.ndarray] | None = None
+    for prices in _prices(list(allocation.limits)):
+        allocation.at[:] = 0
+        _greedy(allocation, prices)
+        _fill(allocation)
+        if best is None or allocation.error < best[0]:
+            best = allocation.error, allocation.at.copy()
+    if best is not None:
+        allocation.at = best[1]
+
+
+def _prices(metrics: Sequence[str]) -> list[dict[str, float]]:
+    if len(metrics) < 2:
+        return [dict.fromkeys(metrics, 1.0)]
+    return [{metrics[0]: w, metrics[1]: 1 - w} for w in np.linspace(0, 1, 9)]
 
 
 def allowed_levels(graph: Graph, round_to: int, widest: Mapping[str, int]) -> list[np.ndarray]:
@@ -157,10 +184,22 @@ def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, f
             )
 
 
-def greedy(allocation: Allocation) -> None:
-    """Lower one group after the other, always where the error per saved cost is smallest, until the budgets hold.
+def even_errors(model: CostModel, levels: Sequence[np.ndarray], metrics: Iterable[str]) -> list[np.ndarray]:
+    """Errors by which every group loses the same share: (removed share)², weighted by what the whole group costs."""
+    dense = np.array([allowed[0] for allowed in levels], float)
+    total = model.cost(dense)
+    errors = []
+    for g, allowed in enumerate(levels):
+        whole = model.saving(dense, g, int(allowed[0]))
+        weight = sum(whole[m] / total[m] for m in metrics)
+        errors.append(weight * (1 - allowed / allowed[0]) ** 2)
+    return errors
 
-    Savings only shrink as other groups shrink, so that a stale ratio is a lower bound: a heap with lazy updates is exact.
+
+def _greedy(allocation: Allocation, prices: Mapping[str, float]) -> None:
+    """Lower one group after the other, always where the error per saved cost is smallest, until the limits hold.
+
+    Savings only shrink as other groups shrink, so a stale ratio is a lower bound and a heap with lazy updates is exact.
     Each step goes to the next vertex of the lower convex hull of the group's error.
     """
     hulls = [_hull(levels, errors) for levels, errors in zip(allocation.levels, allocation.errors, strict=True)]
@@ -168,45 +207,47 @@ def greedy(allocation: Allocation) -> None:
     heapq.heapify(heap)
     while heap and not allocation.fits():
         _, g = heapq.heappop(heap)
-        ratio = _ratio(allocation, g, _next(hulls[g], allocation.at[g]))
+        step = _next(hulls[g], allocation.at[g])
+        ratio = _ratio(allocation, g, step, prices)
         if heap and ratio > heap[0][0]:
             heapq.heappush(heap, (ratio, g))
             continue
-        allocation.at[g] = _next(hulls[g], allocation.at[g])
-        if allocation.at[g] < hulls[g][-1]:
-            heapq.heappush(heap, (_ratio(allocation, g, _next(hulls[g], allocation.at[g])), g))
+        allocation.at[g] = step
+        if step < hulls[g][-1]:
+            heapq.heappush(heap, (_ratio(allocation, g, _next(hulls[g], step), prices), g))
 
 
-def fill(allocation: Allocation) -> None:
-    """Give channels back where they fit, the largest error per cost first, until no single step fits any more."""
-    while True:
-        best = None
-        for g in range(len(allocation.levels)):
-            if allocation.at[g] and (gain := _refund(allocation, g)) is not None and (best is None or gain > best[0]):
-                best = (gain, g)
-        if best is None:
-            return
-        allocation.at[best[1]] -= 1
-
-
-def _refund(allocation: Allocation, g: int) -> float | None:
-    now, up = allocation.at[g], allocation.at[g] - 1
-    more = allocation.levels[g][up] - allocation.levels[g][now]
-    spent = allocation.model.saving(allocation.kept, g, -more)
-    cost = allocation.model.cost(allocation.kept)
-    if any(cost[m] - spent[m] > limit for m, limit in allocation.limits.items()):
-        return None
-    share = sum(-spent[m] / limit for m, limit in allocation.limits.items())
-    return float((allocation.errors[g][now] - allocation.errors[g][up]) / max(share, 1e-300))
-
-
-def _ratio(allocation: Allocation, g: int, target: int) -> float:
+def _ratio(allocation: Allocation, g: int, target: int, prices: Mapping[str, float]) -> float:
     now = allocation.at[g]
     fewer = allocation.levels[g][now] - allocation.levels[g][target]
     saved = allocation.model.saving(allocation.kept, g, fewer)
-    cost = allocation.model.cost(allocation.kept)
-    useful = sum(saved[m] / limit for m, limit in allocation.limits.items() if cost[m] > limit)
+    useful = sum(price * saved[m] / allocation.limits[m] for m, price in prices.items())
     return float((allocation.errors[g][target] - allocation.errors[g][now]) / max(useful, 1e-300))
+
+
+def _fill(allocation: Allocation) -> None:
+    """Give channels back where they fit, the largest error per cost first, until no single step fits any more."""
+    shrunk = set(np.flatnonzero(allocation.at).tolist())
+    while shrunk:
+        refunds = {g: _refund(allocation, g) for g in shrunk}
+        shrunk = {g for g, gain in refunds.items() if gain is not None}  # what does not fit now never will again
+        if shrunk:
+            g = max(shrunk, key=lambda g: refunds[g] or 0.0)
+            allocation.at[g] -= 1
+            if not allocation.at[g]:
+                shrunk.discard(g)
+
+
+def _refund(allocation: Allocation, g: int) -> float | None:
+    """The error that one level more of `g` takes back per cost, or None where it does not fit."""
+    now, up = allocation.at[g], allocation.at[g] - 1
+    more = allocation.levels[g][up] - allocation.levels[g][now]
+    saved = allocation.model.saving(allocation.kept, g, -more)
+    cost = allocation.model.cost(allocation.kept)
+    if any(cost[m] - saved[m] > limit for m, limit in allocation.limits.items()):
+        return None
+    share = sum(-saved[m] / limit for m, limit in allocation.limits.items())
+    return float((allocation.errors[g][now] - allocation.errors[g][up]) / max(share, 1e-300))
 
 
 def _next(hull: Sequence[int], at: int) -> int:
@@ -226,15 +267,3 @@ def _hull(levels: np.ndarray, errors: np.ndarray) -> list[int]:
 
 def _above(x: np.ndarray, y: np.ndarray, a: int, b: int, c: int) -> bool:
     return bool((y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a]))
-
-
-def uniform(allocation: Allocation) -> None:
-    """The same fraction of every group, as large as the budgets allow (to 1/1000), rounded up to allowed counts."""
-    for fraction in np.arange(1000, -1, -1) / 1000:
-        for g, levels in enumerate(allocation.levels):
-            fitting = np.flatnonzero(levels >= fraction * levels[0] - 1e-9)
-            allocation.at[g] = fitting[-1]
-        if allocation.fits():
-            return
-
-

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Graph, Layer
 from convpare.graph.trace import operator_name
+from convpare.redundancy.patches import Geometry, columns, draw_places, split_groups
 from convpare.recovery.lockstep import Run, check_aligned
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
@@ -220,21 +220,20 @@ class _Problem:
         unknowns = math.prod(weight.shape[1:])
         wanted = min(max(options.samples * unknowns, options.least_samples), options.memory // (4 * unknowns * groups))
         share = min(1.0, wanted / total)
-        columns: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        geometry = _geometry(site, weight)
+        seen: list[Tensor] = []
+        wanted_z: list[Tensor] = []
+        branch: list[Tensor] = []
         for x, z, o in zip(inputs, targets, others, strict=True):
-            places = _places(z.movedim(axis, 1).shape[2:], share, generator).to(z.device)
-            pick = lambda y: _split(_flat(y, axis)[:, :, places], groups)  # noqa: E731
-            columns.append((
-                _inputs(x, site, weight, places, groups),
-                pick(z.index_select(axis, channels.to(z.device))),
-                None if o is None else pick(o),
-            ))  # fmt: skip
+            places = draw_places(math.prod(z.shape[1:]) // z.shape[axis], share, generator).to(z.device)
+            seen.append(columns(x.movedim(axis, 1), geometry, places, groups))
+            wanted_z.append(split_groups(_flat(z.index_select(axis, channels.to(z.device)), axis)[:, :, places], groups))
+            if o is not None:
+                branch.append(split_groups(_flat(o, axis)[:, :, places], groups))
         scale, shift, mean = _affine(site, run, tensors, weight)
         per_group = [v.reshape(groups, -1, 1) for v in (scale, shift)]
         return _Problem(
-            torch.cat([c[0] for c in columns], 2),
-            torch.cat([c[1] for c in columns], 2),
-            None if site.other is None else torch.cat([c[2] for c in columns if c[2] is not None], 2),
+            torch.cat(seen, 2), torch.cat(wanted_z, 2), torch.cat(branch, 2) if branch else None,
             per_group[0], per_group[1], weight, tensors[site.layer.bias] if site.layer.bias else None, mean,
             site.rectified,
         )  # fmt: skip
@@ -273,65 +272,19 @@ class _Problem:
                 self.mean.sub_(torch.where(alive.flatten(), intercept.flatten(), torch.zeros_like(intercept.flatten())))
 
 
-def _split(channels_first: Tensor, groups: int) -> Tensor:
-    """(b, channels, places) → (groups, channels per group, b · places)."""
-    b, channels, places = channels_first.shape
-    return channels_first.reshape(b, groups, channels // groups, places).permute(1, 2, 0, 3).flatten(2)
-
-
 def _flat(y: Tensor, axis: int) -> Tensor:
     """(b, …) with channels on `axis` → (b, channels, positions)."""
     y = y.movedim(axis, 1)
     return y.reshape(*y.shape[:2], -1)
 
 
-def _places(shape: torch.Size, share: float, generator: torch.Generator) -> Tensor:
-    """A random share of the flat output positions, at least one."""
-    total = math.prod(shape)
-    if share >= 1:
-        return torch.arange(total)
-    return torch.randperm(total, generator=generator)[: max(1, round(share * total))]
-
-
-def _inputs(x: Tensor, site: Site, weight: Tensor, places: Tensor, groups: int) -> Tensor:
-    """What the kernel sees at the output positions `places`: (groups, unknowns, b · places)."""
+def _geometry(site: Site, weight: Tensor) -> Geometry:
     if site.layer.kind == "linear":
-        return _split(_flat(x, x.ndim - 1)[:, :, places], 1)
-    stride, padding, dilation = _geometry(site.node, weight)
-    x = F.pad(x, [width for pair in reversed(padding) for width in pair])
-    flat = torch.zeros(1, 1, dtype=torch.long, device=x.device)  # (places, taps) flat positions in x
-    out = site.node.meta["val"].shape[2:]
-    rest = places
-    for axis in reversed(range(len(stride))):
-        start = (rest % out[axis]) * stride[axis]
-        rest = rest // out[axis]
-        taps = torch.arange(weight.shape[2 + axis], device=x.device) * dilation[axis]
-        step = math.prod(x.shape[3 + axis :])
-        here = (start[:, None] + taps) * step
-        flat = (here[:, :, None] + flat[:, None, :]).reshape(len(places), -1)
-    columns = x.flatten(2)[:, :, flat]  # (b, channels, places, taps)
-    b, channels = columns.shape[:2]
-    columns = columns.reshape(b, groups, channels // groups, *columns.shape[2:])
-    return columns.permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2)
-
-
-def _geometry(node: Node, weight: Tensor) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-    """Stride, padding before and after, and dilation of a convolution, one for each spatial axis."""
-    axes = weight.ndim - 2
-    given = dict(zip(("stride", "padding", "dilation"), node.args[3:6], strict=False)) | dict(node.kwargs)
-
-    def per_axis(value: object) -> list[int]:
-        listed = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
-        return listed * axes if len(listed) == 1 else listed
-
-    dilation = per_axis(given.get("dilation", 1))
-    padding = given.get("padding", 0)
-    if padding == "same":
-        extents = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        pads = [(e // 2, e - e // 2) for e in extents]
-    else:
-        pads = [(p, p) for p in per_axis(0 if padding == "valid" else padding)]
-    return per_axis(given.get("stride", 1)), pads, dilation
+        return Geometry()
+    given = dict(zip(("stride", "padding", "dilation"), site.node.args[3:6], strict=False)) | dict(site.node.kwargs)
+    return Geometry.of(
+        tuple(weight.shape[2:]), given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)
+    )
 
 
 def _affine(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from convpare.errors import ConvpareError
-from convpare.preprocessing import Preprocessing
+from convpare.data.preprocessing import Preprocessing
 
 HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 

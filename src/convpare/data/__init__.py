@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convpare.array_data import load_digits, load_npz
-from convpare.cifar_data import load_cifar
+from convpare.data.arrays import load_digits, load_npz
+from convpare.data.cifar import load_cifar
 from convpare.errors import ConvpareError
-from convpare.folders import load_folder
-from convpare.preprocessing import Preprocessing
-from convpare.splits import Split, Splits
+from convpare.data.folders import load_folder
+from convpare.data.preprocessing import Preprocessing
+from convpare.data.splits import Split, Splits
 
 __all__ = ["DATA_FORMS", "Data", "ImageSet", "Preprocessing", "load_data"]
 
@@ -186,7 +186,7 @@ def load_data(
         crop: pixels of the central square.
         default: what the model wants; it fills in for what is not given above. Without it the data set's own default
             does: ImageNet's mean and std for three channels, else 0 and 1.
-        classes: the index of every class folder, see `convpare.folders.load_folder`.
+        classes: the index of every class folder, see `convpare.data.folders.load_folder`.
 
     Raises:
         ConvpareError: the spec is of no known form, there are no images, or they do not suit the preprocessing.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convpare.cifar_batches import read_binary_batch, read_python_batch
+from convpare.data.cifar_batches import read_binary_batch, read_python_batch
 from convpare.errors import ConvpareError
 
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from convpare.data import Data, load_data
 from convpare.errors import ConvpareError
-from convpare.preprocessing import Preprocessing
+from convpare.data.preprocessing import Preprocessing
 
 RGB = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -267,15 +267,15 @@ def test_synsets_are_imagenets(tmp_path):
 
 
 def test_synsets_without_timm(tmp_path, monkeypatch):
-    import convpare.folders
+    import convpare.data.folders
 
     def missing(_module: str, _extra: str) -> None:
         raise ConvpareError("timm.data cannot be imported.")
 
     class_folders(tmp_path, {"n01440764": 1, "n02102040": 1})
-    real = convpare.folders.import_extra
+    real = convpare.data.folders.import_extra
     monkeypatch.setattr(
-        convpare.folders, "import_extra", lambda m, e: missing(m, e) if m.startswith("timm") else real(m, e)
+        convpare.data.folders, "import_extra", lambda m, e: missing(m, e) if m.startswith("timm") else real(m, e)
     )
     with pytest.raises(ConvpareError, match="one synset a line"):
         load_data(str(tmp_path))

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convpare.array_data import read_npz
-from convpare.cifar_batches import read_binary_batch, read_python_batch
+from convpare.data.arrays import read_npz
+from convpare.data.cifar_batches import read_binary_batch, read_python_batch
 from convpare.errors import ConvpareError
-from convpare.splits import Split, Splits, decode_rgb, from_hwc
+from convpare.data.splits import Split, Splits, decode_rgb, from_hwc
 
 _IMAGES_PER_MOSAIC = 10_000
 _Labelled = tuple[np.ndarray, np.ndarray]

@@ -1,0 +1,181 @@
+"""The main job in one call: plan, apply, check, recover, and what it cost."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from convpare.apply import FailedCheck, carry_out
+from convpare.data import Data, ImageSet
+from convpare.evaluation import Evaluation, evaluate
+from convpare.graph.capture import Inputs
+from convpare.graph.check import SelfCheck
+from convpare.graph.trace import trace
+from convpare.planning.cost import Cost
+from convpare.planning.plan import Plan
+from convpare.planning.planner import PlanOptions, plan
+from convpare.recovery import Recovered, RecoverOptions, recover_with
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, how much is done, of how much)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The network after a step: its accuracy, if test images have labels, and how long the step took."""
+
+    name: str
+    top1: float | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "top1": self.top1, "seconds": round(self.seconds, 3)}
+
+
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """A compressed network and everything that was measured on the way.
+
+    Attributes:
+        model: the result; a new module of the given one's class.
+        plan: what was removed, for which budget.
+        check: zeroed == removed.
+        stages: accuracy at the start, after surgery and after recovery.
+        recovered: how accuracy was won back; None where recovery was not asked for.
+        excluded: groups that failed the self-check, and were left whole.
+        test_images: how many images the accuracies are of.
+    """
+
+    model: nn.Module
+    plan: Plan
+    check: SelfCheck
+    stages: tuple[Stage, ...]
+    recovered: Recovered | None
+    excluded: tuple[str, ...]
+    test_images: int
+
+    def to_json(self) -> dict[str, Any]:
+        first, last = self.stages[0].top1, self.stages[-1].top1
+        return {
+            "model": self.plan.model,
+            "criterion": self.plan.criterion,
+            "options": dict(self.plan.options),
+            "requested": dict(self.plan.requested),
+            "achieved": self.plan.achieved,
+            "before": _side(self.plan.before, first),
+            "after": _side(self.plan.after, last),
+            "stages": [stage.to_json() for stage in self.stages],
+            "self_check": self.check.to_json(),
+            "recovery": _recovery(self.recovered),
+            "excluded": list(self.excluded),
+            "test_images": self.test_images,
+        }
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Options of the steps: of the plan, of recovery (None: no recovery), and how many test images to show (None: all)."""
+
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    recover: RecoverOptions | None = field(default_factory=RecoverOptions)
+    test_limit: int | None = None
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Inputs,
+    data: Data | ImageSet | Tensor | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    criterion: str = "qsfm-ssim",
+    options: CompressOptions = CompressOptions(),
+    on_progress: Progress | None = None,
+) -> Compression:
+    """Plan, apply, check and recover. The given model is untouched.
+
+    Calibration uses training images of `data` without their labels; its test images serve for the accuracies alone.
+    A group whose surgery fails the self-check is left whole, and the plan is made anew without it.
+
+    Raises:
+        ConvpareError: as `plan`, `apply` and `recover`; nothing has been changed then.
+    """
+    tell = on_progress or (lambda *_: None)
+    clock = _Clock(model, data, options, tell)
+    clock.stage("before", model)
+    tell("tracing", 0, 1)
+    graph = trace(model, example_inputs)
+    excluded: tuple[str, ...] = ()
+    while True:
+        tell("planning", 0, 1)
+        chosen = replace(options.plan, exclude=(*options.plan.exclude, *excluded))
+        made = plan(model, example_inputs, data, macs=macs, params=params, criterion=criterion, options=chosen, graph=graph)
+        tell("surgery and self-check", 0, 1)
+        try:
+            small, check = carry_out(model, made, graph=graph)
+            break
+        except FailedCheck as failed:
+            if not failed.groups:
+                raise
+            excluded = (*excluded, *failed.groups)
+    assert check is not None
+    clock.stage("surgery", small)
+    recovered = None
+    if options.recover is not None and options.recover.method != "none" and data is not None:
+        recovered = recover_with(
+            small, model, data, options=options.recover, on_progress=lambda done, total: tell("recovery", done, total)
+        )
+        small = recovered.model
+        clock.stage(recovered.method, small)
+    return Compression(small, made, check, tuple(clock.stages), recovered, excluded, clock.images)
+
+
+class _Clock:
+    """Times the steps, and shows the test images after each."""
+
+    def __init__(self, model: nn.Module, data: object, options: CompressOptions, tell: Progress) -> None:
+        labelled = isinstance(data, Data) and data.test is not None and data.test.labelled
+        self.test = data.test if isinstance(data, Data) and labelled else None
+        self.limit, self.tell = options.test_limit, tell
+        self.stages: list[Stage] = []
+        self.images = 0
+        self.started = time.perf_counter()
+
+    def stage(self, name: str, model: nn.Module) -> None:
+        seconds = time.perf_counter() - self.started
+        top1 = None
+        if self.test is not None:
+            found: Evaluation = evaluate(
+                model, self.test, limit=self.limit,
+                on_progress=lambda done, total: self.tell(f"accuracy {name}", done, total),
+            )  # fmt: skip
+            top1, self.images = found.top1, found.images
+        self.stages.append(Stage(name, top1, seconds if len(self.stages) else 0.0))
+        self.started = time.perf_counter()
+
+
+def _side(cost: Cost, top1: float | None) -> dict[str, Any]:
+    return {**cost.to_json(), "top1": top1}
+
+
+def _recovery(recovered: Recovered | None) -> dict[str, Any] | None:
+    if recovered is None:
+        return None
+    fitted: Mapping[str, Any] = (
+        {} if recovered.fitted is None
+        else {"fitted": list(recovered.fitted.layers), "not_fitted": dict(recovered.fitted.kept)}
+    )  # fmt: skip
+    return {
+        "method": recovered.method,
+        "relative_output_errors": {name: _finite(error) for name, error in recovered.errors.items()},
+        "images": recovered.images,
+        "labels": False,
+        "gradient_passes": 0,
+        **fitted,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) != float("inf") else None
