@@ -109,6 +109,17 @@ def save(
     return target
 
 
+def check_target(directory: str | Path) -> None:
+    """Find out before long work whether `save` will be allowed to write there.
+
+    Raises:
+        ConvpareError: `directory` is a file, or holds anything but an artifact.
+    """
+    target = _resolved(directory)
+    with _reporting(f"the artifact {target} cannot be written"):
+        _check_target(target)
+
+
 def load(directory: str | Path, factory: Factory | None = None) -> nn.Module:
     """The module of `load_artifact`."""
     return load_artifact(directory, factory).module

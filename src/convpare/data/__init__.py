@@ -134,6 +134,7 @@ class Data:
         num_classes: how many classes the labels come from; None if there are no labels.
         skipped: files that are no images, each with the reason.
         note: how the splits were made, one sentence.
+        whole: all images, where test images were held out of a labelled set without a split of its own.
 
     Raises:
         ConvpareError: on construction, if the images of the two splits differ in size.
@@ -146,6 +147,30 @@ class Data:
     num_classes: int | None
     skipped: tuple[str, ...]
     note: str
+    whole: ImageSet | None = None
+
+    @property
+    def evaluation(self) -> ImageSet:
+        """The images on which a finished network is evaluated: the set's own test split, or all of it if it has none.
+
+        Raises:
+            ConvpareError: the images have no labels.
+        """
+        images = self.whole or self.test
+        if images is None:
+            raise ConvpareError(f"the images of {self.spec} have no labels; accuracy needs class folders, or labels")
+        return images
+
+    def tested_on(self, other: "Data") -> "Data":
+        """All of these images to calibrate with, and the evaluation images of `other` to test on.
+
+        Raises:
+            ConvpareError: the other images have no labels, or another size.
+        """
+        train = self.train if self.whole is None else replace(self.whole, name="train")
+        note = f"calibration: all of {self.spec}; test: {other.spec}"
+        return replace(self, train=train, test=other.evaluation, whole=None, note=note, num_classes=other.num_classes,
+                       skipped=(*self.skipped, *other.skipped))  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.test is not None and self.test.shape != self.train.shape:
@@ -160,10 +185,12 @@ class Data:
         Raises:
             ConvpareError: the preprocessing does not suit the images.
         """
-        test = None if self.test is None else replace(self.test, preprocessing=preprocessing)
-        return replace(
-            self, preprocessing=preprocessing, train=replace(self.train, preprocessing=preprocessing), test=test
+        train, test, whole = (
+            None if images is None else replace(images, preprocessing=preprocessing)
+            for images in (self.train, self.test, self.whole)
         )
+        assert train is not None
+        return replace(self, preprocessing=preprocessing, train=train, test=test, whole=whole)
 
 
 def load_data(
@@ -201,7 +228,8 @@ def load_data(
     )
     train = ImageSet("train", splits.train, preprocessing, splits.num_classes)
     test = None if splits.test is None else ImageSet("test", splits.test, preprocessing, splits.num_classes)
-    return Data(spec, preprocessing, train, test, splits.num_classes, splits.skipped, splits.note)
+    whole = None if splits.everything is None else ImageSet("all", splits.everything, preprocessing, splits.num_classes)
+    return Data(spec, preprocessing, train, test, splits.num_classes, splits.skipped, splits.note, whole)
 
 
 def _read(spec: str, classes: str | Path | None) -> Splits:

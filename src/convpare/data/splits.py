@@ -110,6 +110,7 @@ class Splits:
     num_classes: int | None
     note: str
     skipped: tuple[str, ...] = ()
+    everything: Split | None = None  # all images, where the test images were held out of a set that has no split of its own
 
     def __post_init__(self) -> None:
         for name, split in (("training", self.train), ("test", self.test)):
@@ -148,7 +149,7 @@ def hold_out(everything: Split, num_classes: int, note: str = "", skipped: tuple
         note += f"no test images: no class has the {HOLD_OUT_EVERY} images of which one would be held out"
         return Splits(everything, None, num_classes, note, skipped)
     note += f"held out every fifth image of each class for testing ({len(test)} of {len(train) + len(test)} images)"
-    return Splits(everything.select(train), everything.select(test), num_classes, note, skipped)
+    return Splits(everything.select(train), everything.select(test), num_classes, note, skipped, everything)
 
 
 def decode_rgb(path: Path) -> np.ndarray:

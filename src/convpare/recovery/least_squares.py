@@ -48,7 +48,7 @@ class LeastSquares:
     """
 
     ridge: float = 1e-4
-    samples: int = 32
+    samples: int = 64
     least_samples: int = 4096
     rectifier_steps: int = 3
     memory: int = 2**29

@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make .venv once, from pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.convpare-ready
+
+.PHONY: demo test lint setup results lock clean
+
+demo: $(STAMP)
+	$(BIN)/convpare demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt requirements-nodeps.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,demo,dev]' pyyaml huggingface_hub
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-nodeps.txt
+	touch $@
+
+# The published figures, from the real data in CONVPARE_SHARED; every point is stored as it comes (docs/results).
+results: $(STAMP)
+	$(BIN)/python benchmarks/results.py
+
+lock: $(STAMP)
+	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(torchvision|timm)==' | sed 's/+cpu//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV)
