@@ -1,5 +1,6 @@
 """Folders of image files: one sub-folder a class, or no classes at all."""
 
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -129,14 +130,17 @@ def _class_index(folder: Path, classes: str | Path | None) -> tuple[dict[str, in
 
 
 def _imagenet_index(folder: Path) -> dict[str, int]:
-    try:
-        imagenet = import_extra("timm.data", "vision").ImageNetInfo()
-    except ConvpareError as error:
-        raise ConvpareError(
-            f"the folders in {folder} are named by ImageNet synsets; their place among the 1000 classes comes from "
-            f"timm ({error}) Or give it with --classes: a text file with one synset a line."
-        ) from error
-    return {synset: number for number, synset in enumerate(imagenet.label_names())}
+    """Synset → index, from the list that timm brings along (read as a file: nothing of timm is imported)."""
+    found = importlib.util.find_spec("timm")
+    places = list(found.submodule_search_locations or []) if found is not None else []
+    for place in places:
+        listed = Path(place) / "data" / "_info" / "imagenet_synsets.txt"
+        if listed.is_file():
+            return read_classes(listed)
+    raise ConvpareError(
+        f"the folders in {folder} are named by ImageNet synsets; their place among the 1000 classes comes from timm: "
+        "pip install convpare[vision]. Or give it with --classes: a text file with one synset a line."
+    )
 
 
 def read_classes(path: Path) -> dict[str, int]:
