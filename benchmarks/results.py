@@ -1,8 +1,8 @@
 """The published figures of docs/results, made anew: `make results`, with the real data in CONVPARE_SHARED.
 
-Every point is a command line of convpare (or a function below) whose result is stored in docs/results/points as it comes,
-so that an interrupted run goes on where it stopped; delete a file to measure its point again. Nothing is selected on test
-images: they are shown once, to the finished network.
+Every point is a command line of convpare (or a function below) whose result is stored in docs/results/points as it
+comes, so that an interrupted run goes on where it stopped; delete a file to measure its point again. Nothing is
+selected on test images: they are shown once, to the finished network.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from convpare.zoo import load_model
 ROOT = Path(__file__).resolve().parent.parent
 POINTS = ROOT / "docs" / "results" / "points"
 SEEDS = (0, 1, 2)
-RESNET56 = "convpare:resnet56 --weights {shared}/weights/resnet56-cifar10.safetensors --data cifar10:{shared}/data/cifar10"
+RESNET56 = (
+    "convpare:resnet56 --weights {shared}/weights/resnet56-cifar10.safetensors --data cifar10:{shared}/data/cifar10"
+)
 MOBILENET = "convpare:mobilenet_v1_025 --weights {shared}/weights/mobilenet_v1_025-imagenet.safetensors"
 IMAGENET = "--test {shared}/data/imagenet500"
 ARCHITECTURES = {
@@ -60,7 +62,10 @@ def command(line: str) -> Callable[[], dict[str, Any]]:
             saved = f"-o {folder}/out" if line.startswith("compress") else ""
             filled = line.format(shared=os.environ["CONVPARE_SHARED"])
             main([*filled.split(), *saved.split(), "--json", found])
-            return {"command": "convpare " + line.format(shared="$CONVPARE_SHARED"), **json.loads(Path(found).read_text())}
+            return {
+                "command": "convpare " + line.format(shared="$CONVPARE_SHARED"),
+                **json.loads(Path(found).read_text()),
+            }
 
     return run
 
@@ -156,7 +161,9 @@ def accuracy() -> None:
         point(f"seventy-{seed}", command(line.replace("0.5", "0.7")))
     point("mobilenet-dense", command(f"evaluate {MOBILENET} --data {{shared}}/data/imagenet500"))
     for criterion in ("qsfm-ssim", "l2", "reconstruction"):
-        line = f"compress {MOBILENET} --data {{shared}}/data/imagenet-calib {IMAGENET} --macs 0.75 --criterion {criterion}"
+        line = (
+            f"compress {MOBILENET} --data {{shared}}/data/imagenet-calib {IMAGENET} --macs 0.75 --criterion {criterion}"
+        )
         point(f"mobilenet-{criterion}", command(line))
 
 

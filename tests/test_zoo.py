@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from convpare.errors import ConvpareError
 from convpare.data.preprocessing import Preprocessing
+from convpare.errors import ConvpareError
 from convpare.zoo import is_builtin, load_model
 
 

@@ -16,6 +16,7 @@ from convpare.recovery import RecoverOptions, recover
 from convpare.zoo import load_model
 
 __all__ = [
-    "CompressOptions", "Compression", "ConvpareError", "Graph", "Plan", "PlanOptions", "RecoverOptions", "apply", "compress",
-    "count", "evaluate", "load", "load_artifact", "load_data", "load_model", "load_plan", "plan", "recover", "save", "trace",
+    "CompressOptions", "Compression", "ConvpareError", "Graph", "Plan", "PlanOptions", "RecoverOptions", "apply",
+    "compress", "count", "evaluate", "load", "load_artifact", "load_data", "load_model", "load_plan", "plan", "recover",
+    "save", "trace",
 ]  # fmt: skip

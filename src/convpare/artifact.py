@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convpare import __version__
+from convpare.data.preprocessing import Preprocessing
 from convpare.errors import ConvpareError
 from convpare.graph.mending import numbers, set_numbers
 from convpare.graph.surgery import BATCH_NORMS
 from convpare.planning.plan import Plan
-from convpare.data.preprocessing import Preprocessing
 from convpare.zoo import is_builtin, load_model
 
 SCHEMA = 1

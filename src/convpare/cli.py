@@ -27,7 +27,7 @@ from convpare.data import Data, Preprocessing, load_data
 from convpare.errors import ConvpareError
 from convpare.evaluation import evaluate
 from convpare.inspection import inspect
-from convpare.measurement import Measured, measured
+from convpare.measurement import measured
 from convpare.planning.planner import PlanOptions
 from convpare.recovery import LeastSquares, RecoverOptions
 from convpare.zoo import load_model

@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 from convpare import blocks
+from convpare.data.preprocessing import Preprocessing
 from convpare.errors import ConvpareError
 from convpare.optional import import_extra
-from convpare.data.preprocessing import Preprocessing
 from convpare.weights import load_weights
 
 BUILTIN_PREFIXES = ("torchvision", "timm", "convpare")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from convpare.data import Data, load_data
-from convpare.errors import ConvpareError
 from convpare.data.preprocessing import Preprocessing
+from convpare.errors import ConvpareError
 
 RGB = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from convpare.errors import ConvpareError
 from convpare.data.preprocessing import Preprocessing
+from convpare.errors import ConvpareError
 
 HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 

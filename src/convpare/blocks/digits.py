@@ -100,7 +100,7 @@ def _train_epoch(
         logits = model(x)
         loss = F.cross_entropy(logits, y)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         loss_sum += loss.item() * len(y)

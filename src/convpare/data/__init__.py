@@ -10,10 +10,10 @@ from torch import Tensor
 
 from convpare.data.arrays import load_digits, load_npz
 from convpare.data.cifar import load_cifar
-from convpare.errors import ConvpareError
 from convpare.data.folders import load_folder
 from convpare.data.preprocessing import Preprocessing
 from convpare.data.splits import Split, Splits
+from convpare.errors import ConvpareError
 
 __all__ = ["DATA_FORMS", "Data", "ImageSet", "Preprocessing", "load_data"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convpare.data.splits import ArrayPixels, Split, Splits, hold_out
 from convpare.errors import ConvpareError
 from convpare.optional import import_extra
-from convpare.data.splits import ArrayPixels, Split, Splits, hold_out
 
 _NPZ_FORMS = "images and, optionally, labels; or x_train, y_train, x_test, y_test"
 

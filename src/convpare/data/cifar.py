@@ -11,8 +11,8 @@ import torch
 
 from convpare.data.arrays import read_npz
 from convpare.data.cifar_batches import read_binary_batch, read_python_batch
-from convpare.errors import ConvpareError
 from convpare.data.splits import Split, Splits, decode_rgb, from_hwc
+from convpare.errors import ConvpareError
 
 _IMAGES_PER_MOSAIC = 10_000
 _Labelled = tuple[np.ndarray, np.ndarray]

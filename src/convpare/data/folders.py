@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from convpare.data.splits import FilePixels, Split, Splits, hold_out
 from convpare.errors import ConvpareError
 from convpare.optional import import_extra
-from convpare.data.splits import FilePixels, Split, Splits, hold_out
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 _SYNSET = re.compile(r"n\d{8}")

@@ -110,7 +110,9 @@ class Splits:
     num_classes: int | None
     note: str
     skipped: tuple[str, ...] = ()
-    everything: Split | None = None  # all images, where the test images were held out of a set that has no split of its own
+    everything: Split | None = (
+        None  # all images, where the test images were held out of a set that has no split of its own
+    )
 
     def __post_init__(self) -> None:
         for name, split in (("training", self.train), ("test", self.test)):

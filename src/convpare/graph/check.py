@@ -1,4 +1,4 @@
-"""The proof of every surgery: the net with channels zeroed everywhere and the net without them are the same function."""
+"""The proof of every surgery: the network with channels zeroed everywhere and the one without them are one function."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -50,8 +50,9 @@ def _number(
         np.add.at(signature, cls, axis_hash)
     place = np.full((count, 2), -1)  # the first layer that produces a class, and its channel there
     for number, layer in reversed(list(enumerate(layers))):
-        if (cls := slots.get(layer.out)) is not None:
-            place[cls[::-1]] = np.stack([np.full(len(cls), number), np.arange(len(cls))[::-1]], axis=1)
+        if layer.out in slots:
+            made = slots[layer.out][::-1]
+            place[made] = np.stack([np.full(len(made), number), np.arange(len(made))[::-1]], axis=1)
     removable = place[:, 0] >= 0
     removable[list(reasons)] = False
     chosen = np.flatnonzero(removable)
@@ -60,7 +61,7 @@ def _number(
     chosen = chosen[np.argsort(first[group], kind="stable")]  # groups in the order of their first channel
     unit_of = np.full(count, -1)
     unit_of[chosen] = np.arange(len(chosen))
-    sizes = np.bincount(group, minlength=len(first))[np.argsort(first)] if len(chosen) else []
+    sizes = np.bincount(group, minlength=len(first))[np.argsort(first)]
     return unit_of, [int(size) for size in sizes]
 
 

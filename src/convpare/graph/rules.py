@@ -2,8 +2,8 @@
 
 A rule is a function `rule(t, *args, **kwargs) -> Value | tuple[Value, ...]`, registered for the names of the aten
 operators that it serves, without overload (`"aten.conv2d"`). Tensors arrive as `Value`, everything else as it stands in
-the graph; `t` (a `Tracer`) has `t.labels`, `t.shape` (of the output) and `t.where` (the module, for messages). An operator
-without a rule freezes its inputs: nothing is guessed.
+the graph; `t` (a `Tracer`) has `t.labels`, `t.shape` (of the output) and `t.where` (the module, for messages). An
+operator without a rule freezes its inputs: nothing is guessed.
 """
 
 import math
@@ -203,7 +203,12 @@ def per_channel(t: "Tracer", x: Value, *parameters: Any) -> Value:
 
 @rule("aten.layer_norm")
 def layer_norm(
-    t: "Tracer", x: Value, normalized_shape: Sequence[int], weight: Value | None = None, bias: Value | None = None, *_: Any
+    t: "Tracer",
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *_: Any,
 ) -> Value:
     axes = list(range(x.ndim - len(normalized_shape), x.ndim))
     t.freeze_axes(x, axes, f"{t.where} (layer norm) was built for a fixed number of channels and averages over them")
@@ -230,10 +235,10 @@ def softmax(t: "Tracer", x: Value, dim: int, *_: Any, **__: Any) -> Value:
 # ------------------------------------------------------------------------------------------------ pointwise operators
 
 UNARY = """relu relu_ relu6 hardtanh hardtanh_ sigmoid sigmoid_ hardsigmoid hardsigmoid_ silu silu_ hardswish hardswish_
-gelu gelu_ elu elu_ celu selu selu_ leaky_relu leaky_relu_ mish mish_ softplus tanh tanh_ exp log sqrt rsqrt abs neg
-square erf sin cos reciprocal dropout dropout_ feature_dropout alpha_dropout
-contiguous clone detach alias to _to_copy type_as lift_fresh_copy bernoulli zeros_like ones_like logical_not floor round
-threshold hardshrink softshrink log_sigmoid identity softsign nan_to_num isnan""".split()
+gelu gelu_ elu elu_ celu selu selu_ leaky_relu leaky_relu_ mish mish_ softplus tanh tanh_ exp log sqrt rsqrt abs
+neg square erf sin cos reciprocal dropout dropout_ feature_dropout alpha_dropout contiguous clone detach alias
+to _to_copy type_as lift_fresh_copy bernoulli zeros_like ones_like logical_not floor round threshold hardshrink
+softshrink log_sigmoid identity softsign nan_to_num isnan""".split()
 
 
 @rule(*(f"aten.{name}" for name in UNARY))
@@ -242,8 +247,8 @@ def unary(t: "Tracer", x: Value, *_: Any, **__: Any) -> Value:
 
 
 NARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ maximum minimum atan2 where lerp addcmul addcdiv
-eq ne lt le gt ge logical_and logical_or copy copy_ masked_fill masked_fill_ fmod remainder
-clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_""".split()
+eq ne lt le gt ge logical_and logical_or copy copy_ masked_fill masked_fill_ fmod remainder clamp clamp_
+clamp_min clamp_min_ clamp_max clamp_max_""".split()
 
 
 @rule(*(f"aten.{name}" for name in NARY))
@@ -525,8 +530,8 @@ def stack(t: "Tracer", tensors: Sequence[Value], dim: int = 0) -> Value:
 
 
 @rule(
-    "aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.arange", "aten.scalar_tensor", "aten.rand", "aten.randn",
-    "aten.linspace", "aten.eye", "aten.tensor", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
+    "aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.arange", "aten.scalar_tensor", "aten.rand",
+    "aten.randn", "aten.linspace", "aten.eye", "aten.tensor", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
 )  # fmt: skip
 def constant(t: "Tracer", *_: Any, **__: Any) -> Value:
     return Value(t.shape)

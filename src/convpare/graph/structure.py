@@ -1,6 +1,6 @@
 """What a trace yields: the coupled channels of a network as plain data, and what they cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,9 +147,7 @@ class Graph:
         return {
             "model": self.model,
             "inputs": [list(shape) for shape in self.inputs],
-            "layers": [
-                {"name": x.name, "kind": x.kind, "weight": list(self.shapes[x.weight])} for x in self.layers
-            ],
+            "layers": [{"name": x.name, "kind": x.kind, "weight": list(self.shapes[x.weight])} for x in self.layers],
             "groups": [
                 {"name": g.name, "channels": g.channels, "producers": list(g.producers), "consumers": list(g.consumers)}
                 for g in self.groups
@@ -160,6 +158,6 @@ class Graph:
         }
 
 
-def _some(names: Sequence[str] | object, limit: int = 8) -> str:
-    listed = list(names)  # type: ignore[call-overload]
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    listed = list(names)
     return ", ".join(listed[:limit]) + (f", … ({len(listed)} in all)" if len(listed) > limit else "")

@@ -70,7 +70,7 @@ def sync_attributes(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, BATCH_NORMS):
         sized = module.weight if module.weight is not None else module.running_mean
-        module.num_features = len(sized)  # type: ignore[arg-type]
+        module.num_features = len(sized)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 

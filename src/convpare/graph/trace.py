@@ -4,7 +4,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
@@ -99,7 +99,7 @@ class Tracer:
 
     @property
     def target(self) -> Callable[..., Any]:
-        return self.node.target  # type: ignore[return-value]
+        return cast(Callable[..., Any], self.node.target)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ class Tracer:
     def _call_function(self, node: Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
         if node.target is operator.getitem:
-            return args[0][args[1]]
+            return cast(Any, args)[0][cast(Any, args)[1]]
         if self.name.removeprefix("aten.") in MULTIPLYING:
             self._uncounted[self.name.removeprefix("aten.")] += 1
         known = RULES.get(self.name)

@@ -1,7 +1,8 @@
 """What a network costs, for any choice of channels: the planner's prediction and the counter are one computation.
 
 MACs are multiply-accumulates of convolutions and linear layers, for the traced example inputs, batch included; biases,
-normalisation, activations, pooling and the operators in `Graph.not_counted` are not counted. Parameters exclude buffers.
+normalisation, activations, pooling and the operators in `Graph.not_counted` are not counted. Parameters exclude
+buffers.
 """
 
 from collections.abc import Mapping

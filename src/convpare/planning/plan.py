@@ -114,7 +114,7 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            f"plan for {self.model} on {' '.join('×'.join(map(str, s)) for s in self.inputs)}, criterion {self.criterion}",
+            f"plan for {self.model} on {_shapes(self.inputs)}, criterion {self.criterion}",
             f"{'':<12}{'before':>16}{'after':>16}{'achieved':>10}{'requested':>11}",
         ]
         for metric in ("macs", "params"):
@@ -143,6 +143,10 @@ def load_plan(path: str | Path) -> Plan:
     except (UnicodeDecodeError, ValueError, RecursionError, OSError) as error:
         raise ConvpareError(f"{path} is not a plan: it cannot be read as JSON ({error})") from error
     return Plan.from_json(data)
+
+
+def _shapes(shapes: Sequence[Sequence[int]]) -> str:
+    return " ".join("×".join(map(str, shape)) for shape in shapes)
 
 
 def _share(edit: RemoveChannels) -> str:
@@ -180,7 +184,9 @@ def _read_edit(data: object) -> RemoveChannels:
             f"the plan keeps {len(keep)}: {str(list(keep[:6]))[:80]}"
         )
     error = edit.get("error")
-    return RemoveChannels(group, tuple(sorted(keep)), channels, None if error is None else float(_typed(error, (int, float), "error")))
+    return RemoveChannels(
+        group, tuple(sorted(keep)), channels, None if error is None else float(_typed(error, (int, float), "error"))
+    )
 
 
 def _read_cost(data: dict[str, Any]) -> Cost:
