@@ -16,15 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from convpare.cli import main
-from convpare.graph import self_check, trace
+from convpare.graph import removed, self_check, trace
 from convpare.zoo import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "graph"))
+import checks  # noqa: E402 - helpers of the tests, which are no package
+import nets  # noqa: E402
+
 POINTS = ROOT / "docs" / "results" / "points"
 SEEDS = (0, 1, 2)
 RESNET56 = (
@@ -33,7 +36,8 @@ RESNET56 = (
 MOBILENET = "convpare:mobilenet_v1_025 --weights {shared}/weights/mobilenet_v1_025-imagenet.safetensors"
 IMAGENET = "--test {shared}/data/imagenet500"
 ARCHITECTURES = {
-    "torchvision:resnet18": 64, "torchvision:resnet50": 64, "torchvision:vgg11_bn": 64, "torchvision:densenet121": 64,
+    "u-net": 0, "1-d": 0, "3-d": 0, "transposed": 0, "flatten-linear": 0, "torchvision:resnet18": 64,
+    "torchvision:resnet50": 64, "torchvision:vgg11_bn": 64, "torchvision:densenet121": 64,
     "torchvision:squeezenet1_0": 64, "torchvision:mobilenet_v2": 64, "torchvision:mobilenet_v3_small": 64,
     "torchvision:efficientnet_b0": 64, "torchvision:shufflenet_v2_x1_0": 64, "torchvision:resnext50_32x4d": 64,
     "torchvision:googlenet": 96, "torchvision:inception_v3": 128, "convpare:resnet56": 32,
@@ -70,39 +74,38 @@ def command(line: str) -> Callable[[], dict[str, Any]]:
     return run
 
 
-def randomise(model: nn.Module, seed: int) -> None:
-    """Batch-norm statistics and scales as a trained network has them, so that no channel is without effect."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                for tensor, low, high in (
-                    (module.weight, 0.5, 1.5), (module.bias, -0.2, 0.2),
-                    (module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 1.5),
-                ):  # fmt: skip
-                    tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+def build(name: str, size: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network of a zoo, or one of the small ones of the tests, and the shape of its input."""
+    own = {"u-net": (nets.UNet, (1, 3, 16, 16)), "1-d": (nets.OneD, (1, 2, 16)), "3-d": (nets.ThreeD, (1, 1, 4, 4, 4))}
+    if name in own:
+        return own[name][0](), own[name][1]
+    if name == "transposed":
+        return nets.grouped(1, transposed=True), (1, 3, 8, 8)
+    if name == "flatten-linear":
+        head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 64, 12), nn.ReLU(), nn.Linear(12, 4))
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), head), (1, 3, 8, 8)
+    return load_model(name).module, (1, 3, size, size)
 
 
-def random_keep(graph: Any, share: float, seed: int) -> np.ndarray:
-    """Each group loses `share` of its channels, at random."""
-    generator = np.random.default_rng(seed)
-    keep = graph.keep_all()
-    for group in graph.groups:
-        gone = min(round(share * group.channels), group.channels - 1)
-        keep[group.start + generator.choice(group.channels, gone, replace=False)] = False
-    return keep  # type: ignore[no-any-return]
+def architecture(name: str, size: int) -> Callable[[], dict[str, Any]]:
+    """The self-check with 30 % of every group gone at random, two seeds, and how much the function changed by that.
 
-
-def architecture(spec: str, size: int) -> Callable[[], dict[str, Any]]:
-    """The self-check of an architecture with 30 % of every group gone, two seeds."""
+    Batch norms have random scales and the statistics of noise, so that no channel is without effect.
+    """
 
     def run() -> dict[str, Any]:
         torch.manual_seed(0)
-        model = load_model(spec).module
-        randomise(model, 0)
-        graph = trace(model, torch.zeros(1, 3, size, size))
-        errors = [self_check(model, graph, random_keep(graph, 0.3, seed)).max_relative_error for seed in (0, 1)]
-        return {"groups": len(graph.groups), "channels": graph.channels, "input": size, "errors": errors}
+        model, shape = build(name, size)
+        checks.calibrate(checks.randomise(model), [shape])
+        graph = trace(model, torch.zeros(shape))
+        keeps = [checks.random_keep(graph, seed) for seed in (0, 1)]
+        errors = [self_check(model, graph, keep).max_relative_error for keep in keeps]
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            dense = model.eval()(noise)
+            changes = [float((removed(model, graph, k)(noise) - dense).abs().max() / dense.abs().max()) for k in keeps]
+        return {"groups": len(graph.groups), "channels": graph.channels, "input": list(shape), "errors": errors,
+                "changes": changes}  # fmt: skip
 
     return run
 
@@ -113,7 +116,6 @@ def speed(spec: str) -> Callable[[], dict[str, Any]]:
     def run() -> dict[str, Any]:
         import torch_pruning
 
-        from convpare.graph import removed
         from convpare.planning.planner import PlanOptions, plan
 
         torch.set_num_threads(2)
@@ -169,12 +171,74 @@ def accuracy() -> None:
 
 def structure() -> None:
     for spec, size in ARCHITECTURES.items():
-        point(f"check-{spec.partition(':')[2]}", architecture(spec, size))
+        point(f"check-{spec.rpartition(':')[2]}", architecture(spec, size))
 
 
 def timing() -> None:
     for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121", "mobilenet_v2"):
         point(f"speed-{name}", speed(f"torchvision:{name}"))
+
+
+def stored(prefix: str) -> dict[str, dict[str, Any]]:
+    """All points whose name begins so, by the rest of the name."""
+    paths = sorted(POINTS.glob(f"{prefix}*.json"))
+    return {path.stem.removeprefix(prefix): json.loads(path.read_text()) for path in paths}
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def accuracy_row(label: str, points: list[dict[str, Any]]) -> str:
+    """MACs, parameters, accuracy after surgery and after calibration, seconds of plan + surgery and of calibration."""
+    macs, params = (f"{max(p['achieved'][metric] for p in points):.4f}" for metric in ("macs", "params"))
+    surgery, final = (spread([p["stages"][at]["top1"] for p in points]) for at in (1, -1))
+    seconds = [f"{statistics.median(p['stages'][at]['seconds'] for p in points):.0f}" for at in (1, -1)]
+    images = points[0]["recovery"]["images"]
+    return f"| {label} | {macs} | {params} | {surgery} | {final} | {images:,} | {seconds[0]} + {seconds[1]} |"
+
+
+def seeds_of(name: str) -> list[dict[str, Any]]:
+    return [point for rest, point in stored(f"{name}-").items() if rest.isdigit()]
+
+
+def tables() -> str:
+    """docs/results/README.md, from the stored points."""
+    head = (
+        "| | MACs | parameters | after surgery | after calibration | images | seconds |\n|---|---|---|---|---|---|---|"
+    )
+    dense, mobile = (stored(f"{name}-dense")[""] for name in ("resnet56", "mobilenet"))
+    criteria = ("qsfm-ssim", "qsfm-psnr", "l1", "l2", "reconstruction")
+    checked = [
+        f"| {name} | {'×'.join(map(str, p['input']))} | {p['groups']} | {p['channels']:,} | "
+        + " | ".join(f"{e:.1e}" for e in p["errors"]) + f" | {min(p['changes']):.2g} |"
+        for name, p in stored("check-").items()
+    ]  # fmt: skip
+    timed = [
+        f"| {name} | "
+        + " | ".join(f"{p[step]:.2f}" for step in ("trace", "plan", "surgery", "total", "torch_pruning"))
+        + " |"
+        for name, p in stored("speed-").items()
+    ]
+    return (ROOT / "benchmarks" / "results.md").read_text().format(
+        top1=dense["top1"], images=dense["images"], mobile_top1=mobile["top1"], mobile_top5=mobile["top5"], head=head,
+        qsfm="\n".join(accuracy_row(c, seeds_of(f"qsfm-point-{c}")) for c in criteria),
+        half="\n".join((
+            accuracy_row("0.5 of the MACs", seeds_of("half")),
+            accuracy_row("0.5, 8,192 images, 256 samples", seeds_of("half-more")),
+            accuracy_row("0.7 of the MACs", seeds_of("seventy")),
+        )),
+        mobile="\n".join(
+            accuracy_row(c, [stored(f"mobilenet-{c}")[""]]) for c in ("qsfm-ssim", "l2", "reconstruction")
+        ),
+        commands="\n".join(p["command"] for p in (
+            dense, seeds_of("qsfm-point-qsfm-ssim")[0], seeds_of("half")[0], seeds_of("half-more")[0],
+            mobile, stored("mobilenet-reconstruction")[""],
+        )),
+        checked="\n".join(checked), timed="\n".join(timed),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -191,3 +255,5 @@ if __name__ == "__main__":
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     for each in [part] if part else ["structure", "timing", "accuracy"]:
         {"accuracy": accuracy, "structure": structure, "timing": timing}[each]()
+    if part is None:
+        (ROOT / "docs" / "results" / "README.md").write_text(tables())

@@ -159,6 +159,10 @@ def _read_plan(data: object) -> Plan:
     schema = _get(plan, "schema", int)
     if schema != SCHEMA:
         raise ConvpareError(f"the plan has schema {schema}, this version reads schema {SCHEMA}; update convpare")
+    edits = tuple(_read_edit(edit) for edit in _get(plan, "edits", list))
+    most = Counter(edit.group for edit in edits).most_common(1)
+    if most and most[0][1] > 1:
+        raise ConvpareError(f"the plan edits group {most[0][0]!r} {most[0][1]} times; one edit a group is expected")
     return Plan(
         model=_get(plan, "model", str),
         inputs=tuple(tuple(_ints(shape, "inputs")) for shape in _get(plan, "inputs", list)),
@@ -167,7 +171,7 @@ def _read_plan(data: object) -> Plan:
         requested={str(k): float(_typed(v, (int, float), k)) for k, v in _get(plan, "requested", dict).items()},
         before=_read_cost(_get(plan, "before", dict)),
         after=_read_cost(_get(plan, "after", dict)),
-        edits=tuple(_read_edit(edit) for edit in _get(plan, "edits", list)),
+        edits=edits,
     )
 
 

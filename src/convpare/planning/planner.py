@@ -1,5 +1,6 @@
 """From a criterion and a budget to a plan."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,7 +25,6 @@ from convpare.planning.solver import (
     allocate,
     allowed_levels,
     check_feasible,
-    copies,
     even_errors,
     limits_of,
 )
@@ -40,7 +40,8 @@ class PlanOptions:
     Attributes:
         scope: "inner": channels that one layer alone makes (residual streams keep their width), "all", or "auto": inner
             if the budgets can be met so, else all. What was taken stands in the plan.
-        allocation: "uniform" (every group loses about the same share), "global" (smallest error per saved cost first), or None for what suits the criterion.
+        allocation: "uniform" (every group loses about the same share), "global" (smallest error per saved cost first),
+            or None for what suits the criterion.
         round_to: layers keep multiples of this many channels, or all.
         exclude: names of groups that stay whole.
         images: how many calibration images a criterion looks at.
@@ -69,6 +70,8 @@ class PlanOptions:
         for name in ("round_to", "images", "rounds"):
             if getattr(self, name) < 1:
                 raise ConvpareError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.threshold is not None and not 0 <= self.threshold < math.inf:
+            raise ConvpareError(f"threshold is {self.threshold}; expected a number of 0 or more")
 
 
 def plan(
@@ -93,32 +96,16 @@ def plan(
         graph: the trace of `model`, if it is at hand.
 
     Raises:
-        ConvpareError: no budget, a budget out of range or out of reach, no such criterion, or no images where it needs some.
+        ConvpareError: no budget, one out of range or of reach, no such criterion, or no images where it needs some.
     """
     chosen = get_criterion(criterion)
     budget = Budget(macs, params)
     if bool(budget.fractions) == (options.threshold is not None):
-        raise ConvpareError("give a budget (macs, params) or a threshold, one of the two: macs=0.5 for half of the MACs")
+        raise ConvpareError("give either a budget (macs, params) or a threshold: macs=0.5 for half of the MACs")
     graph = trace(model, example_inputs) if graph is None else graph
-    if not graph.groups:
-        raise ConvpareError(f"nothing in {graph.model} can be removed; inspect says why every channel stays")
-    for name in options.exclude:
-        graph.group(name)
-    images = calibration_images(data, options.images, options.seed) if chosen.needs_images else None
-    if chosen.needs_images and images is None:
-        raise ConvpareError(f"criterion {criterion} looks at feature maps and needs images: give data, or take l2")
-    scope = _resolve_scope(graph, budget, options)
-    keep, errors = _choose(model, graph, chosen, images, budget, replace(options, scope=scope))
-    return Plan(
-        model=graph.model,
-        inputs=graph.inputs,
-        criterion=criterion,
-        options={**_recorded(options, chosen), "scope": scope},
-        requested=budget.fractions,
-        before=total_cost(graph, graph.keep_all()),
-        after=total_cost(graph, keep),
-        edits=tuple(_edit(g, keep, errors) for g in graph.groups if not keep[g.units].all()),
-    )
+    images = _images_for(chosen, graph, data, options)
+    options = replace(options, scope=_resolve_scope(graph, budget, options))
+    return _Planner(model, graph, chosen, images, budget, options).plan()
 
 
 def calibration_images(data: Data | ImageSet | Tensor | None, limit: int, seed: int) -> Tensor | None:
@@ -127,9 +114,30 @@ def calibration_images(data: Data | ImageSet | Tensor | None, limit: int, seed: 
         return None
     if isinstance(data, Tensor):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        return data[order[:limit]]
-    images = data.train if isinstance(data, Data) else data
-    return images.tensor(limit=limit, seed=seed)
+        images = data[order[:limit].to(data.device)]
+    elif isinstance(data, Data | ImageSet):
+        images = (data.train if isinstance(data, Data) else data).tensor(limit=limit, seed=seed)
+    else:
+        raise ConvpareError(f"data is a {type(data).__name__}; expected images (n, …), an image set, or what load_data gives")
+    if not torch.isfinite(images).all():
+        raise ConvpareError("the calibration images contain NaN or infinite values")
+    return images
+
+
+def _images_for(
+    chosen: Criterion, graph: Graph, data: Data | ImageSet | Tensor | None, options: PlanOptions
+) -> Tensor | None:
+    if not chosen.needs_images:
+        return None
+    images = calibration_images(data, options.images, options.seed)
+    if images is None or not len(images):
+        raise ConvpareError(f"criterion {chosen.name} looks at feature maps and needs images: give data, or take l2")
+    if len(graph.inputs) != 1:
+        raise ConvpareError(
+            f"{graph.model} takes {len(graph.inputs)} inputs, but criterion {chosen.name} can feed images only to a "
+            "network with one; take l2"
+        )
+    return images
 
 
 def _resolve_scope(graph: Graph, budget: Budget, options: PlanOptions) -> str:
@@ -137,92 +145,104 @@ def _resolve_scope(graph: Graph, budget: Budget, options: PlanOptions) -> str:
     if options.scope != "auto":
         return options.scope
     cost = CostModel(graph)
-    movable = _movable(graph, replace(options, scope="inner"))
-    least = cost.cost(np.array([1 if g.name in movable else g.channels for g in graph.groups], float))
+    least = cost.cost(np.array([allowed[-1] for allowed in _levels(graph, replace(options, scope="inner"))], float))
     return "inner" if all(least[m] <= limit for m, limit in limits_of(cost, graph, budget).items()) else "all"
 
 
-def _movable(graph: Graph, options: PlanOptions) -> set[str]:
-    return {
-        g.name for g in graph.groups
-        if g.name not in options.exclude and (options.scope == "all" or graph.is_inner(g))
-    }  # fmt: skip
+def _movable(graph: Graph, options: PlanOptions) -> list[Group]:
+    """The groups that may lose channels."""
+    return [
+        g for g in graph.groups if g.name not in options.exclude and (options.scope == "all" or graph.is_inner(g))
+    ]
 
 
-def _choose(
-    model: nn.Module, graph: Graph, chosen: Criterion, images: Tensor | None, budget: Budget, options: PlanOptions
-) -> tuple[np.ndarray, np.ndarray]:
-    """The mask of channels that stay (channels,), and the error that each of the others adds (channels,)."""
-    movable = _movable(graph, options)
-    keep, errors = graph.keep_all(), np.zeros(graph.channels)
-    for number in range(1, options.rounds + 1):
-        rankings = _rank(model, graph, chosen, images, keep, options)
-        part = number / options.rounds
-        step = Budget(**{m: 1 - part * (1 - fraction) for m, fraction in budget.fractions.items()})
-        if options.threshold is not None:
-            fewer = _by_threshold(graph, rankings, movable, part * options.threshold)
+def _levels(graph: Graph, options: PlanOptions) -> list[np.ndarray]:
+    """Counts that each group may keep, from all down."""
+    movable = {g.name for g in _movable(graph, options)}
+    levels = allowed_levels(graph, options.round_to)
+    return [allowed if g.name in movable else allowed[:1] for g, allowed in zip(graph.groups, levels, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Everything that a plan is made of. Scope "auto" is resolved."""
+
+    model: nn.Module
+    graph: Graph
+    criterion: Criterion
+    images: Tensor | None
+    budget: Budget
+    options: PlanOptions
+
+    def __post_init__(self) -> None:
+        if not self.graph.groups:
+            raise ConvpareError(
+                f"nothing in {self.graph.model} can be removed; inspect says why every channel stays"
+            )
+        for name in self.options.exclude:
+            self.graph.group(name)
+
+    def plan(self) -> Plan:
+        keep, errors = self._choose()
+        return Plan(
+            model=self.graph.model,
+            inputs=self.graph.inputs,
+            criterion=self.criterion.name,
+            options=self._recorded(),
+            requested=self.budget.fractions,
+            before=total_cost(self.graph, self.graph.keep_all()),
+            after=total_cost(self.graph, keep),
+            edits=tuple(_edit(g, keep, errors) for g in self.graph.groups if not keep[g.units].all()),
+        )
+
+    @property
+    def allocation(self) -> str:
+        return self.options.allocation or self.criterion.allocation
+
+    def _recorded(self) -> dict[str, Any]:
+        recorded = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        given = dict(self.options.criterion_options)
+        return recorded | {
+            "allocation": self.allocation, "exclude": list(self.options.exclude), "criterion_options": given
+        }  # fmt: skip
+
+    def _choose(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mask of channels that stay (channels,), and the error that each of the others adds (channels,)."""
+        keep, errors = self.graph.keep_all(), np.zeros(self.graph.channels)
+        for number in range(1, self.options.rounds + 1):
+            rankings = self._rank(keep)
+            part = number / self.options.rounds
+            fewer = self._by_budget(rankings, part) if self.budget.fractions else self._by_threshold(rankings, part)
+            for group in self.graph.groups:
+                if group.name in rankings:
+                    ranking = rankings[group.name]
+                    added = np.zeros(group.channels)
+                    added[ranking.order] = ranking.errors
+                    newly = keep[group.units] & ~fewer[group.units]
+                    errors[group.units][newly] = added[newly]
+            keep = fewer
+        return keep, errors
+
+    def _rank(self, alive: np.ndarray) -> dict[str, Ranking]:
+        """Rank what may go; in later rounds on the network with the channels that are gone set to zero."""
+        current = self.model if alive.all() else zeroed(self.model, self.graph, alive)
+        groups = tuple(_movable(self.graph, self.options))
+        given = dict(self.options.criterion_options)
+        rankings = self.criterion.rank(Context(current, self.graph, alive, self.images, given, groups))
+        return {g.name: _checked(rankings.get(g.name), g, self.criterion.name) for g in groups}
+
+    def _by_budget(self, rankings: Mapping[str, Ranking], part: float) -> np.ndarray:
+        """The mask of channels that stay when this part of the way to the budget is gone."""
+        step = Budget(**{m: 1 - part * (1 - fraction) for m, fraction in self.budget.fractions.items()})
+        cost = CostModel(self.graph)
+        levels = _levels(self.graph, self.options)
+        if self.allocation == "uniform":
+            errors = even_errors(cost, levels, step.fractions)
         else:
-            fewer = _by_budget(graph, rankings, movable, step, options, options.allocation or chosen.allocation)
-        for group in graph.groups:
-            ranking = rankings[group.name]
-            added = np.zeros(group.channels)
-            added[ranking.order] = ranking.errors
-            newly = keep[group.units] & ~fewer[group.units]
-            errors[group.units][newly] = added[newly]
-        keep = fewer
-    return keep, errors
+            errors = [_curve(rankings.get(g.name))[allowed[0] - allowed]
+                      for g, allowed in zip(self.graph.groups, levels, strict=True)]  # fmt: skip
+        allocation = Allocation(cost, levels, errors, limits_of(cost, self.graph, step))
+        check_feasible(allocation, step, cost.cost(np.array([g.channels for g in self.graph.groups], float)))
+        allocate(allocation)
+        return self._mask(rankings, dict(zip(rankings_names(self.graph), allocation.kept.astype(int), strict=True)))
 
-
-def _rank(
-    model: nn.Module, graph: Graph, chosen: Criterion, images: Tensor | None, alive: np.ndarray, options: PlanOptions
-) -> dict[str, Ranking]:
-    """Rank all groups; in later rounds on the network with the channels that are gone set to zero."""
-    current = model if alive.all() else zeroed(model, graph, alive)
-    given = dict(options.criterion_options)
-    return chosen.rank(Context(current, graph, alive, images, given))
-
-
-def _by_budget(
-    graph: Graph, rankings: Mapping[str, Ranking], movable: set[str], budget: Budget, options: PlanOptions, how: str
-) -> np.ndarray:
-    cost = CostModel(graph)
-    levels = allowed_levels(graph, options.round_to, copies(graph))
-    levels = [l if g.name in movable else l[:1] for g, l in zip(graph.groups, levels, strict=True)]
-    if how == "uniform":
-        errors = even_errors(cost, levels, budget.fractions)
-    else:
-        curves = [np.concatenate([[0.0], np.cumsum(rankings[g.name].errors)]) for g in graph.groups]
-        errors = [c[allowed[0] - allowed] for c, allowed in zip(curves, levels, strict=True)]
-    dense = cost.cost(np.array([g.channels for g in graph.groups], float))
-    allocation = Allocation(cost, levels, errors, limits_of(cost, graph, budget))
-    check_feasible(allocation, budget, dense)
-    allocate(allocation)
-    keep = graph.keep_all()
-    for group, count in zip(graph.groups, allocation.kept, strict=True):
-        keep[group.start + rankings[group.name].order[: group.channels - int(count)]] = False
-    return keep
-
-
-def _by_threshold(graph: Graph, rankings: Mapping[str, Ranking], movable: set[str], threshold: float) -> np.ndarray:
-    keep = graph.keep_all()
-    for group in graph.groups:
-        ranking = rankings[group.name]
-        beyond = np.flatnonzero(ranking.errors > threshold)
-        count = int(beyond[0]) if len(beyond) else group.channels
-        if group.name in movable:
-            keep[group.start + ranking.order[: min(count, group.channels - 1)]] = False
-    return keep
-
-
-def _edit(group: Group, keep: np.ndarray, errors: np.ndarray) -> RemoveChannels:
-    mine = keep[group.units]
-    kept = tuple(np.flatnonzero(mine).tolist())
-    return RemoveChannels(group.name, kept, group.channels, float(errors[group.units][~mine].sum()))
-
-
-def _recorded(options: PlanOptions, chosen: Criterion) -> dict[str, Any]:
-    full = replace(options, allocation=options.allocation or chosen.allocation)
-    recorded = asdict(full)
-    recorded["exclude"] = list(options.exclude)
-    recorded["criterion_options"] = dict(options.criterion_options)
-    return recorded

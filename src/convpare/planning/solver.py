@@ -1,6 +1,7 @@
 """How many channels each group keeps, so that the budgets hold and the predicted error is small."""
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -8,9 +9,11 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from convpare.errors import ConvpareError
-from convpare.graph.structure import Graph
+from convpare.graph.structure import Graph, Group
 
 METRICS = ("macs", "params")
+REACH = 4  # levels up and down that an exchange tries
+GRAIN = 0.01  # share of the whole error from which on single levels matter
 
 
 class CostModel:
@@ -20,29 +23,17 @@ class CostModel:
     """
 
     def __init__(self, graph: Graph) -> None:
-        axes = list(graph.units)
-        starts = np.array([g.start for g in graph.groups])
-        number = {axis: i + 1 for i, axis in enumerate(axes)}  # axis 0 stands for "no axis", of size 1
-        rows, columns, fixed = [], [], [1]
-        for i, axis in enumerate(axes):
-            units = graph.units[axis]
-            borne = np.searchsorted(starts, units[units >= 0], side="right") - 1
-            rows.append(np.full(len(borne), i + 1))
-            columns.append(borne)
-            fixed.append(int((units < 0).sum()))
-        shape = (len(axes) + 1, len(graph.groups))
-        entries = (np.concatenate(rows), np.concatenate(columns)) if rows else (np.zeros(0, int), np.zeros(0, int))
-        channels = np.array([g.channels for g in graph.groups], float)
-        self._slope = csr_array((1 / channels[entries[1]], entries), shape=shape)  # duplicates add up
-        self._fixed = np.array(fixed, float)
-        positions = {layer.weight: layer.positions for layer in graph.layers}
-        variable = {name: [number[name, a] for a in range(len(s)) if (name, a) in number] for name, s in graph.shapes.items()}
+        number = {axis: i + 1 for i, axis in enumerate(graph.units)}  # axis 0 stands for "no axis", of size 1
+        self._slope = _channels_per_channel(graph)
+        self._fixed = np.array([1, *((units < 0).sum() for units in graph.units.values())], float)
         self._names = sorted(graph.parameters)
-        depth = max([len(variable[n]) for n in self._names] + [1])
-        self._axes = np.array([variable[n] + [0] * (depth - len(variable[n])) for n in self._names]).reshape(-1, depth)
-        self._constant = np.array([
-            np.prod([s for a, s in enumerate(graph.shapes[n]) if (n, a) not in number]) for n in self._names
-        ])  # fmt: skip
+        variable = [[number[n, a] for a in range(len(graph.shapes[n])) if (n, a) in number] for n in self._names]
+        depth = max([1, *map(len, variable)])
+        self._axes = np.array([axes + [0] * (depth - len(axes)) for axes in variable]).reshape(-1, depth)
+        self._constant = np.array(
+            [np.prod([s for a, s in enumerate(graph.shapes[n]) if (n, a) not in number]) for n in self._names]
+        )
+        positions = {layer.weight: layer.positions for layer in graph.layers}
         self._positions = np.array([positions.get(n, 0) for n in self._names], float)
         self._affected = self._affected_parameters(graph)
 
@@ -74,6 +65,21 @@ class CostModel:
     def _sum(self, sizes: np.ndarray, rows: np.ndarray) -> dict[str, float]:
         numel = self._constant[rows] * sizes[self._axes[rows]].prod(axis=1)
         return {"macs": float(self._positions[rows] @ numel), "params": float(numel.sum())}
+
+
+def _channels_per_channel(graph: Graph) -> csr_array:
+    """How many indices of each axis (from row 1 on) one channel of each group stands for: whole numbers."""
+    starts = np.array([g.start for g in graph.groups])
+    rows, columns = [np.zeros(0, int)], [np.zeros(0, int)]
+    for i, units in enumerate(graph.units.values()):
+        borne = np.searchsorted(starts, units[units >= 0], side="right") - 1
+        rows.append(np.full(len(borne), i + 1))
+        columns.append(borne)
+    entries = np.concatenate(rows), np.concatenate(columns)
+    shape = (len(graph.units) + 1, len(graph.groups))
+    slope = csr_array((np.ones(len(entries[0])), entries), shape=shape)  # duplicates add up
+    slope.data /= np.array([g.channels for g in graph.groups])[slope.indices]
+    return slope
 
 
 @dataclass(frozen=True)
@@ -124,19 +130,20 @@ class Allocation:
 
 
 def allocate(allocation: Allocation) -> None:
-    """Bring `allocation` within its limits at a small total error.
+    """Bring `allocation` within its limits, where they can be met, at a small total error.
 
     With several limits the price of one against the other is searched over a grid; the plan with the least error wins.
+    Where single channels matter, it is then improved by exchanges.
     """
-    best: tuple[float, np.ndarray] | None = None
+    found = []
     for prices in _prices(list(allocation.limits)):
         allocation.at[:] = 0
         _greedy(allocation, prices)
         _fill(allocation)
-        if best is None or allocation.error < best[0]:
-            best = allocation.error, allocation.at.copy()
-    if best is not None:
-        allocation.at = best[1]
+        found.append((allocation.error, allocation.at.copy(), prices))
+    _, allocation.at, prices = min(found, key=lambda plan: plan[0])
+    if allocation.fits():
+        _exchange(allocation, prices)
 
 
 def _prices(metrics: Sequence[str]) -> list[dict[str, float]]:
@@ -145,32 +152,36 @@ def _prices(metrics: Sequence[str]) -> list[dict[str, float]]:
     return [{metrics[0]: w, metrics[1]: 1 - w} for w in np.linspace(0, 1, 9)]
 
 
-def allowed_levels(graph: Graph, round_to: int, widest: Mapping[str, int]) -> list[np.ndarray]:
-    """Counts that each group may keep: all, or fewer such that its layers' channels are multiples of `round_to`.
-
-    `widest` says how many channels of a layer one channel of the group stands for (grouped convolutions: several).
-    """
+def allowed_levels(graph: Graph, round_to: int) -> list[np.ndarray]:
+    """Counts that each group may keep, from all down: all, or so many that its layers have multiples of `round_to`."""
     levels = []
     for group in graph.groups:
-        step = round_to // np.gcd(round_to, widest[group.name])
+        step = round_to // math.gcd(round_to, *_copies(graph, group))
         below = np.arange(step, group.channels, step)[::-1]
         levels.append(np.concatenate([[group.channels], below]))
     return levels
 
 
-def copies(graph: Graph) -> dict[str, int]:
-    """Output channels of its first producer that one channel of each group stands for."""
-    found = {}
-    for group in graph.groups:
-        units = graph.units[graph.layer(group.producers[0]).out]
-        found[group.name] = int((units == group.start).sum())
-    return found
+def _copies(graph: Graph, group: Group) -> list[int]:
+    """How many output channels of each producer one channel of the group stands for (grouped convolutions: several)."""
+    units = [graph.channel_units(graph.layer(name), reads_input=False) for name in group.producers]
+    return [int((u == group.start).sum()) for u in units]
 
 
 def limits_of(model: CostModel, graph: Graph, budget: Budget) -> dict[str, float]:
-    """The budgets in units of cost."""
+    """The budgets in units of cost: the largest whole cost whose share of the dense one is within the budget.
+
+    Raises:
+        ConvpareError: a budget is on something that the network has none of.
+    """
     dense = model.cost(np.array([g.channels for g in graph.groups], float))
-    return {metric: fraction * dense[metric] for metric, fraction in budget.fractions.items()}
+    limits = {}
+    for metric, fraction in budget.fractions.items():
+        if not dense[metric]:
+            raise ConvpareError(f"none of the {metric} of {graph.model} can be counted; give another budget")
+        near = float(round(fraction * dense[metric]))
+        limits[metric] = near if near / dense[metric] <= fraction else near - 1
+    return limits
 
 
 def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, float]) -> None:
@@ -178,9 +189,11 @@ def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, f
     least = allocation.model.cost(np.array([levels[-1] for levels in allocation.levels], float))
     for metric, limit in allocation.limits.items():
         if least[metric] > limit:
+            share = least[metric] / dense[metric]
+            best = math.ceil(1e4 * share) / 1e4
             raise ConvpareError(
                 f"infeasible: {metric} {budget.fractions[metric]:g} was asked for, at best "
-                f"{np.ceil(1e4 * least[metric] / dense[metric]) / 1e4:g} can be reached with every group at its minimum"
+                f"{best if best >= share else best + 1e-4:g} can be reached with every group at its minimum"
             )
 
 
@@ -196,14 +209,14 @@ def even_errors(model: CostModel, levels: Sequence[np.ndarray], metrics: Iterabl
     return errors
 
 
-def _greedy(allocation: Allocation, prices: Mapping[str, float]) -> None:
+def _greedy(allocation: Allocation, prices: Mapping[str, float], pinned: int | None = None) -> None:
     """Lower one group after the other, always where the error per saved cost is smallest, until the limits hold.
 
     Savings only shrink as other groups shrink, so a stale ratio is a lower bound and a heap with lazy updates is exact.
-    Each step goes to the next vertex of the lower convex hull of the group's error.
+    Each step goes to the next vertex of the lower convex hull of the group's error. The group `pinned` stays.
     """
     hulls = [_hull(levels, errors) for levels, errors in zip(allocation.levels, allocation.errors, strict=True)]
-    heap = [(-np.inf, g) for g in range(len(hulls)) if len(hulls[g]) > 1]
+    heap = [(-np.inf, g) for g, hull in enumerate(hulls) if g != pinned and allocation.at[g] < hull[-1]]
     heapq.heapify(heap)
     while heap and not allocation.fits():
         _, g = heapq.heappop(heap)
@@ -221,33 +234,65 @@ def _ratio(allocation: Allocation, g: int, target: int, prices: Mapping[str, flo
     now = allocation.at[g]
     fewer = allocation.levels[g][now] - allocation.levels[g][target]
     saved = allocation.model.saving(allocation.kept, g, fewer)
-    useful = sum(price * saved[m] / allocation.limits[m] for m, price in prices.items())
+    useful = sum(price * saved[m] / max(allocation.limits[m], 1) for m, price in prices.items())
     return float((allocation.errors[g][target] - allocation.errors[g][now]) / max(useful, 1e-300))
 
 
-def _fill(allocation: Allocation) -> None:
-    """Give channels back where they fit, the largest error per cost first, until no single step fits any more."""
-    shrunk = set(np.flatnonzero(allocation.at).tolist())
+def _fill(allocation: Allocation, pinned: int | None = None) -> None:
+    """Give channels back where they fit, the largest error per cost first, until no single step fits any more.
+
+    The group `pinned` comes last.
+    """
+    shrunk = set(np.flatnonzero(allocation.at).tolist()) - {pinned}
     while shrunk:
-        refunds = {g: _refund(allocation, g) for g in shrunk}
+        cost = allocation.model.cost(allocation.kept)
+        refunds = {g: _refund(allocation, g, cost) for g in shrunk}
         shrunk = {g for g, gain in refunds.items() if gain is not None}  # what does not fit now never will again
         if shrunk:
             g = max(shrunk, key=lambda g: refunds[g] or 0.0)
             allocation.at[g] -= 1
             if not allocation.at[g]:
                 shrunk.discard(g)
+    if pinned is not None:
+        _fill(allocation)
 
 
-def _refund(allocation: Allocation, g: int) -> float | None:
+def _refund(allocation: Allocation, g: int, cost: Mapping[str, float]) -> float | None:
     """The error that one level more of `g` takes back per cost, or None where it does not fit."""
     now, up = allocation.at[g], allocation.at[g] - 1
     more = allocation.levels[g][up] - allocation.levels[g][now]
     saved = allocation.model.saving(allocation.kept, g, -more)
-    cost = allocation.model.cost(allocation.kept)
     if any(cost[m] - saved[m] > limit for m, limit in allocation.limits.items()):
         return None
-    share = sum(-saved[m] / limit for m, limit in allocation.limits.items())
+    share = sum(-saved[m] / max(limit, 1) for m, limit in allocation.limits.items())
     return float((allocation.errors[g][now] - allocation.errors[g][up]) / max(share, 1e-300))
+
+
+def _exchange(allocation: Allocation, prices: Mapping[str, float]) -> None:
+    """Try each group a few levels higher and lower, with the others rearranged around it; keep what is better.
+
+    The greedy misses the optimum by about the error of one level, so this is done only where that is a good part of
+    the whole.
+    """
+    better = True
+    while better and _grain(allocation) > GRAIN * allocation.error:
+        better = False
+        for g, levels in enumerate(allocation.levels):
+            start, best, least = allocation.at.copy(), allocation.at.copy(), allocation.error
+            for target in range(max(0, start[g] - REACH), min(len(levels), start[g] + REACH + 1)):
+                allocation.at[:] = start
+                allocation.at[g] = target
+                _greedy(allocation, prices, pinned=g)
+                if target != start[g] and allocation.fits():
+                    _fill(allocation, pinned=g)
+                    if allocation.error < least * (1 - 1e-9):
+                        best, least, better = allocation.at.copy(), allocation.error, True
+            allocation.at[:] = best
+
+
+def _grain(allocation: Allocation) -> float:
+    """The largest error that the last level of a group adds."""
+    return float(max(errors[at] - errors[max(at - 1, 0)] for at, errors in zip(allocation.at, allocation.errors)))
 
 
 def _next(hull: Sequence[int], at: int) -> int:
