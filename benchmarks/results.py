@@ -6,6 +6,7 @@ selected on test images: they are shown once, to the finished network.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -65,7 +66,8 @@ def command(line: str) -> Callable[[], dict[str, Any]]:
             found = f"{folder}/result.json"
             saved = f"-o {folder}/out" if line.startswith("compress") else ""
             filled = line.format(shared=os.environ["CONVPARE_SHARED"])
-            main([*filled.split(), *saved.split(), "--json", found])
+            with contextlib.suppress(SystemExit):  # a failed command leaves no file, which the next line reports
+                main([*filled.split(), *saved.split(), "--json", found])
             return {
                 "command": "convpare " + line.format(shared="$CONVPARE_SHARED"),
                 **json.loads(Path(found).read_text()),

@@ -13,7 +13,7 @@ from convpare.graph.trace import trace
 from convpare.planning.plan import Plan
 
 
-class FailedCheck(ConvpareError):
+class FailedCheck(ConvpareError):  # noqa: N818 - what failed is the check
     """The smaller network is not the same function; `groups` names the edits that are wrong, each alone."""
 
     def __init__(self, check: SelfCheck, groups: tuple[str, ...]) -> None:

@@ -110,14 +110,20 @@ def save(
 
 
 def check_target(directory: str | Path) -> None:
-    """Find out before long work whether `save` will be allowed to write there.
+    """Find out before long work whether `save` will be allowed to write there. Leaves nothing behind.
 
     Raises:
-        ConvpareError: `directory` is a file, or holds anything but an artifact.
+        ConvpareError: `directory` is a file, holds anything but an artifact, or no folder can be made there.
     """
     target = _resolved(directory)
     with _reporting(f"the artifact {target} cannot be written"):
         _check_target(target)
+        parent = next(folder for folder in target.parents if folder.exists())
+        if not parent.is_dir():
+            raise ConvpareError(f"{target} cannot be made, because {parent} is a file; choose another place.")
+        probe = parent / f".{target.name}.convpare-{secrets.token_hex(4)}"
+        probe.mkdir()
+        probe.rmdir()
 
 
 def load(directory: str | Path, factory: Factory | None = None) -> nn.Module:

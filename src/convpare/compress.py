@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from convpare.apply import FailedCheck, carry_out
 from convpare.data import Data, ImageSet
+from convpare.errors import ConvpareError
 from convpare.evaluation import Evaluation, evaluate
 from convpare.graph.capture import Inputs
 from convpare.graph.check import SelfCheck
@@ -76,7 +77,7 @@ class Compression:
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """Options of the steps: of the plan, of recovery (None: no recovery), and how many test images to show (None: all)."""
+    """Options of the steps: of the plan, of recovery (None: none), and how many test images to show (None: all)."""
 
     plan: PlanOptions = field(default_factory=PlanOptions)
     recover: RecoverOptions | None = field(default_factory=RecoverOptions)
@@ -100,8 +101,11 @@ def compress(
     A group whose surgery fails the self-check is left whole, and the plan is made anew without it.
 
     Raises:
-        ConvpareError: as `plan`, `apply` and `recover`; nothing has been changed then.
+        ConvpareError: as `plan`, `apply` and `recover`, or recovery is wanted without images; nothing has been changed.
     """
+    recovery = options.recover if options.recover is not None and options.recover.method != "none" else None
+    if recovery is not None and data is None:
+        raise ConvpareError("recovery needs images: give data, or CompressOptions(recover=None)")
     tell = on_progress or (lambda *_: None)
     clock = _Clock(model, data, options, tell)
     clock.stage("before", model)
@@ -111,7 +115,9 @@ def compress(
     while True:
         tell("planning", 0, 1)
         chosen = replace(options.plan, exclude=(*options.plan.exclude, *excluded))
-        made = plan(model, example_inputs, data, macs=macs, params=params, criterion=criterion, options=chosen, graph=graph)
+        made = plan(
+            model, example_inputs, data, macs=macs, params=params, criterion=criterion, options=chosen, graph=graph
+        )
         tell("surgery and self-check", 0, 1)
         try:
             small, check = carry_out(model, made, graph=graph)
@@ -123,9 +129,9 @@ def compress(
     assert check is not None
     clock.stage("surgery", small)
     recovered = None
-    if options.recover is not None and options.recover.method != "none" and data is not None:
+    if recovery is not None and data is not None:
         recovered = recover_with(
-            small, model, data, options=options.recover, on_progress=lambda done, total: tell("recovery", done, total)
+            small, model, data, options=recovery, on_progress=lambda done, total: tell("recovery", done, total)
         )
         small = recovered.model
         clock.stage(recovered.method, small)

@@ -131,7 +131,10 @@ def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     try:
         outputs = model(x)
     except RuntimeError as error:
-        raise ConvpareError(f"the model failed on images of shape {tuple(x.shape)}: {error}") from error
+        raise ConvpareError(
+            f"the model failed on images of shape {tuple(x.shape)}: {error}. Give images of the size and channels that "
+            "it was made for, or --resize and --crop."
+        ) from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(x):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ConvpareError(

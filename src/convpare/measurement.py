@@ -1,5 +1,6 @@
 """What a compression cost and saved, measured: file size and latency beside accuracy, MACs and parameters."""
 
+import math
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Measured:
 
 def measured(original: nn.Module, done: Compression, example: Tensor) -> Measured:
     """Time both networks side by side on `example` and measure their weights' files."""
-    content = done.to_json()
+    content: dict[str, Any] = _finite(done.to_json())
     times = side_by_side([original, done.model], [example])
     for side, model, milliseconds in zip(("before", "after"), (original, done.model), times, strict=True):
         content[side]["file_bytes"] = file_bytes(model)
@@ -39,5 +40,20 @@ def measured(original: nn.Module, done: Compression, example: Tensor) -> Measure
 
 def file_bytes(model: nn.Module) -> int:
     """The size of the safetensors file with all parameters and buffers, each tied one once."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return len(safetensors.save({name: tensor.detach().contiguous() for name, tensor in named}))
+    stored: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        plain = tensor.detach().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        stored[name] = plain.clone() if place in memory else plain  # a view of another one is stored like any other
+        memory.add(place)
+    return len(safetensors.save(stored))
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON value with null for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

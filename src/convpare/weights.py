@@ -1,5 +1,7 @@
 """Weight files → the parameters of a module. Nothing in a file is ever executed."""
 
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from convpare.errors import ConvpareError
 
 _NEVER = "Pickles are never executed: only a state dict, saved with torch.save(model.state_dict(), path), is read."
+
+_ADVICE = re.compile("Weights only load failed|Please file an issue|Check the documentation")  # torch's, not ours
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
@@ -59,9 +63,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is raised
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever the bytes happen to mean; nothing of them has been run
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not _ADVICE.match(line)]
+        reason = (lines or [type(error).__name__])[0][:200]
         raise ConvpareError(f"the weights {path} are damaged or hold more than weights ({reason}). {_NEVER}") from error
 
 

@@ -105,7 +105,10 @@ def _build(spec: str, num_classes: int | None) -> ModelSource:
     place, colon, name = spec.rpartition(":")
     if not (colon and place and name.isidentifier()):
         folder = " A folder is not a model; a saved artifact is opened as one." if Path(spec).is_dir() else ""
-        raise ConvpareError(f"model {spec!r} is of no known form.{folder} Valid forms: {', '.join(MODEL_FORMS)}.")
+        raise ConvpareError(
+            f"model {spec!r} is of no known form.{folder} Valid forms: {', '.join(MODEL_FORMS)}; or the folder of an "
+            "artifact, which is not there."
+        )
     if num_classes is not None:
         raise ConvpareError(f"num_classes cannot be set for {spec!r}: a factory is called without arguments.")
     return ModelSource(_call_factory(spec, _import_place(spec, place), name), spec)
@@ -168,7 +171,9 @@ def _timm(spec: str, name: str, num_classes: int | None) -> ModelSource:
 
 def _call_factory(spec: str, module: ModuleType, name: str) -> nn.Module:
     factory = getattr(module, name, None)
-    if not callable(factory):
+    if factory is not None and not callable(factory):
+        raise ConvpareError(f"model {spec!r}: {name} is a {type(factory).__name__}; it must be a function or a class.")
+    if factory is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise _unknown(spec, name, names)
     model = _built(spec, factory)
@@ -180,7 +185,7 @@ def _call_factory(spec: str, module: ModuleType, name: str) -> nn.Module:
 def _built(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
-    except Exception as error:  # somebody else's code, which may raise anything
+    except (Exception, SystemExit) as error:  # somebody else's code, which may raise anything
         raise ConvpareError(f"building model {spec!r} failed: {type(error).__name__}: {error}") from error
 
 
@@ -206,7 +211,7 @@ def _importing(spec: str, folder: Path) -> Iterator[None]:
     sys.path.insert(0, str(folder))
     try:
         yield
-    except Exception as error:  # somebody else's code, which may raise anything
+    except (Exception, SystemExit) as error:  # somebody else's code, which may raise anything
         near = difflib.get_close_matches(spec.partition(":")[0], BUILTIN_PREFIXES, 1)
         hint = f" Did you mean {near[0]}:...?" if near else ""
         raise ConvpareError(f"model {spec!r} cannot be imported: {type(error).__name__}: {error}.{hint}") from error

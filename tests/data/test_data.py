@@ -200,13 +200,30 @@ def test_unreadable_images_are_named_and_labels_stay_aligned(tmp_path):
     assert reds(data, "train") == [0, 2, 11, 12]
 
 
-def test_image_that_breaks_off_is_named_when_it_is_read(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.jpg")
-    whole = (tmp_path / "a.jpg").read_bytes()
-    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_image_that_breaks_off_is_named_and_left_out(tmp_path, suffix):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for name in ("a", "b"):
+        noise.save(tmp_path / f"{name}.{suffix}")
+    whole = (tmp_path / f"a.{suffix}").read_bytes()
+    (tmp_path / f"a.{suffix}").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / f"b.{suffix}").write_bytes(whole + bytes(100))  # what follows the end does no harm
     data = load_data(str(tmp_path))
-    with pytest.raises(ConvpareError, match=r"a\.jpg cannot be decoded"):
+    assert [Path(text.partition(": ")[0]).name for text in data.skipped] == [f"a.{suffix}"]
+    assert len(data.train.tensor()) == 1
+
+
+def test_image_that_breaks_off_unnoticed_is_named_when_it_is_read(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.webp")
+    whole = (tmp_path / "a.webp").read_bytes()
+    (tmp_path / "a.webp").write_bytes(whole[: len(whole) // 2])
+    try:
+        data = load_data(str(tmp_path))
+    except ConvpareError as error:
+        assert "holds no readable images" in str(error)
+        return
+    with pytest.raises(ConvpareError, match=r"a\.webp cannot be decoded"):
         data.train.tensor()
 
 

@@ -165,6 +165,7 @@ MALFORMED: list[tuple[Change, str]] = [
     (setting([1.0], "edits", 0, "keep"), r"keep is 1\.0 in the plan"),
     (setting([True], "edits", 0, "keep"), "keep is True in the plan"),
     (setting(3, "edits", 0, "keep"), "keep is 3 in the plan"),
+    (setting("2", "edits", 0, "group"), "the plan edits group '2' 2 times; one edit a group"),
     (setting(0, "edits", 0, "channels"), "must keep at least one of its 0 channels"),
 ]
 

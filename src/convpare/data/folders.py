@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -98,6 +99,7 @@ def _readable(paths: Sequence[Path], folder: Path, skipped: list[str]) -> tuple[
             with pillow.open(path) as opened:
                 width, height = opened.size
                 opened.verify()
+            _check_end(path, pillow)
         except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
             skipped.append(f"{path}: {error}")
             continue
@@ -109,6 +111,17 @@ def _readable(paths: Sequence[Path], folder: Path, skipped: list[str]) -> tuple[
             f"images, ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
     return FilePixels(tuple(paths[i] for i in kept), tuple(shapes)), kept
+
+
+def _check_end(path: Path, pillow: ModuleType) -> None:
+    """Decode a JPEG without an end marker: Pillow's `verify` does not see that its pixels break off."""
+    with path.open("rb") as file:
+        start = file.read(2)
+        file.seek(max(0, path.stat().st_size - 64))
+        if start != b"\xff\xd8" or b"\xff\xd9" in file.read():
+            return
+    with pillow.open(path) as opened:
+        opened.load()
 
 
 def _class_index(folder: Path, classes: str | Path | None) -> tuple[dict[str, int] | None, int | None]:

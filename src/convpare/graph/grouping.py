@@ -2,18 +2,15 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
+from convpare.graph.record import Record
 from convpare.graph.structure import Axis, Frozen, Graph, Group, Layer, Mend
 
-if TYPE_CHECKING:
-    from convpare.graph.trace import Record
 
-
-def assemble(record: "Record") -> Graph:
+def assemble(record: Record) -> Graph:
     """Number the removable channels (units) group by group and say of the others why they stay."""
     classes = record.labels.classes()
     reasons = record.labels.frozen_reasons(classes)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from convpare.errors import ConvpareError
 from convpare.graph.capture import capture
 from convpare.graph.labels import Value
+from convpare.graph.record import Record
 from convpare.graph.structure import Graph, Group
 from convpare.graph.surgery import remove_
 
-if TYPE_CHECKING:
-    from convpare.graph.trace import Record
-
 
 def failing_suspects(
-    model: nn.Module, args: tuple[Tensor, ...], graph: Graph, record: "Record"
+    model: nn.Module, args: tuple[Tensor, ...], graph: Graph, record: Record
 ) -> list[tuple[Tensor, str]]:
     """The suspected labels whose removal the forward of `model` does not survive, each with its reason.
 
@@ -52,7 +50,7 @@ def failing_suspects(
     return [(labels, reason) for labels, reason, found in touched if fatal & found]
 
 
-def _groups_of(wanted: np.ndarray, record: "Record", graph: Graph, classes: np.ndarray) -> set[Group]:
+def _groups_of(wanted: np.ndarray, record: Record, graph: Graph, classes: np.ndarray) -> set[Group]:
     """The groups whose channels are of these classes, found through the slots that bear the same class."""
     found: set[Group] = set()
     starts = [g.start for g in graph.groups]
@@ -62,13 +60,13 @@ def _groups_of(wanted: np.ndarray, record: "Record", graph: Graph, classes: np.n
     return found
 
 
-def _classes_of(axis: tuple[str, int], units: np.ndarray, record: "Record", classes: np.ndarray) -> np.ndarray:
+def _classes_of(axis: tuple[str, int], units: np.ndarray, record: Record, classes: np.ndarray) -> np.ndarray:
     start = record.slots[axis]
     return classes[start : start + len(units)]
 
 
 def _survives(
-    model: nn.Module, args: tuple[Tensor, ...], graph: Graph, record: "Record", classes: np.ndarray, keep: np.ndarray
+    model: nn.Module, args: tuple[Tensor, ...], graph: Graph, record: Record, classes: np.ndarray, keep: np.ndarray
 ) -> bool:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {id(x): _fake(mode, x) for x in [*model.parameters(), *model.buffers()]}

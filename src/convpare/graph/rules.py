@@ -531,7 +531,8 @@ def stack(t: "Tracer", tensors: Sequence[Value], dim: int = 0) -> Value:
 
 @rule(
     "aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.arange", "aten.scalar_tensor", "aten.rand",
-    "aten.randn", "aten.linspace", "aten.eye", "aten.tensor", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
+    "aten.randn", "aten.linspace", "aten.eye", "aten.tensor", "aten.new_zeros", "aten.new_ones",
+    "aten.new_full", "aten.new_empty",
 )  # fmt: skip
 def constant(t: "Tracer", *_: Any, **__: Any) -> Value:
     return Value(t.shape)

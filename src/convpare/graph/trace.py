@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from convpare.graph.grouping import aliases, assemble
 from convpare.graph.labels import Labels, Value
 from convpare.graph.mending import mender_for
 from convpare.graph.probe import failing_suspects
+from convpare.graph.record import Record
 from convpare.graph.rules import RULES, freeze_values
 from convpare.graph.structure import Axis, Graph, Layer, Mender
 from convpare.graph.surgery import BATCH_NORMS, mend_features
@@ -45,24 +46,6 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Graph:
     for labels, reason in failed:
         record.labels.freeze(labels, reason)
     return assemble(record) if failed else graph
-
-
-@dataclass
-class Record:
-    """Everything that a tracer saw, for `assemble`."""
-
-    model: nn.Module
-    inputs: tuple[tuple[int, ...], ...]
-    labels: Labels
-    slots: Mapping[Axis, int]  # first label of every axis of every parameter and buffer
-    shapes: Mapping[str, tuple[int, ...]]
-    parameters: frozenset[str]
-    values: Sequence[Any]  # of every node of the graph, in its order
-    layers: Sequence[Layer]
-    mends: Sequence[tuple[str, Tensor, Mender]]
-    suspects: Sequence[tuple[Tensor, str]]
-    not_counted: Mapping[str, int]
-    unreached: tuple[str, ...]
 
 
 @dataclass

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from convpare.errors import ConvpareError
-from convpare.graph.structure import Axis, Graph, Group
+from convpare.graph.structure import Axis, Group
+from convpare.graph.surgery import BATCH_NORMS
 from convpare.importance.registry import Context, Ranking, criterion
 
 
@@ -26,14 +27,17 @@ def l2(context: Context) -> dict[str, Ranking]:
 @criterion("bn-scale")
 def bn_scale(context: Context) -> dict[str, Ranking]:
     """Magnitude of the batch-norm scale of a channel (Network Slimming), as a share of the group's mean."""
-    scales = [(name, 0) for name in _norm_weights(context.graph)]
+    context.check_options()
+    modules = context.model.named_modules()
+    scales = [(f"{name}.weight", 0) for name, m in modules if isinstance(m, BATCH_NORMS)]
     return {g.name: _rank(_summed(context, g, scales, lambda rows: rows.abs().sum(1)), context, g)
-            for g in context.graph.groups}  # fmt: skip
+            for g in context.groups}  # fmt: skip
 
 
 @criterion("random", allocation="uniform")
 def random(context: Context) -> dict[str, Ranking]:
     """Channels in random order (option seed, 0): the baseline that every criterion must beat."""
+    context.check_options("seed")
     generator = np.random.default_rng(int(context.options.get("seed", 0)))
     return {
         g.name: _rank(torch.from_numpy(generator.permutation(g.channels) + 1.0), context, g)
@@ -42,10 +46,11 @@ def random(context: Context) -> dict[str, Ranking]:
 
 
 def _by_filters(context: Context, norm: Callable[[Tensor], Tensor]) -> dict[str, Ranking]:
+    context.check_options()
     layers = {layer.name: layer for layer in context.graph.layers}
     return {
         g.name: _rank(_summed(context, g, [layers[p].out for p in g.producers], norm), context, g)
-        for g in context.graph.groups
+        for g in context.groups
     }
 
 
@@ -57,27 +62,16 @@ def _summed(context: Context, group: Group, axes: list[Axis], norm: Callable[[Te
         units = context.graph.units.get((name, axis))
         if units is None:
             continue
-        mine = (units >= group.start) & (units < group.start + group.channels)
-        if mine.any():
+        mine = np.flatnonzero((units >= group.start) & (units < group.start + group.channels))
+        if len(mine):
             borne = True
-            rows = context.tensor(name).movedim(axis, 0).flatten(1) if context.tensor(name).ndim > 1 else (
-                context.tensor(name)[:, None])  # fmt: skip
-            slots = torch.from_numpy(units[mine] - group.start)
-            total.index_add_(0, slots, norm(rows[torch.from_numpy(np.flatnonzero(mine)).to(rows.device)].double()).cpu())
+            rows = context.tensor(name).cpu().double().movedim(axis, 0)[mine].reshape(len(mine), -1)
+            total.index_add_(0, torch.from_numpy(units[mine] - group.start), norm(rows))
     if not borne:
         raise ConvpareError(
             f"group {group.name!r} has nothing that this criterion could score (no batch norm?); use l2, or exclude it"
         )
     return total
-
-
-def _norm_weights(graph: Graph) -> list[str]:
-    """Names of one-dimensional parameters called weight that belong to no convolution or linear layer."""
-    layers = {layer.weight for layer in graph.layers}
-    return [
-        name for name in sorted(graph.parameters)
-        if name.endswith("weight") and name not in layers and len(graph.shapes[name]) == 1
-    ]  # fmt: skip
 
 
 def _rank(scores: Tensor, context: Context, group: Group) -> Ranking:

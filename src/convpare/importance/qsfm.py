@@ -15,7 +15,7 @@ from convpare.errors import ConvpareError
 from convpare.graph.structure import Group
 from convpare.importance.registry import Context, Ranking, criterion
 from convpare.redundancy.similarity import DataRange, SimilarityAccumulator, SimilarityOptions, removal_order
-from convpare.redundancy.taps import Tap, listening, run, taps_of
+from convpare.redundancy.taps import Tap, taps_of, visit
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,17 @@ class QSFMOptions:
     rule: str = "pair"
     who: str = "total"
 
+    def __post_init__(self) -> None:
+        SimilarityOptions(window=self.window, data_range=self.data_range)  # those who take them check them
+        removal_order(torch.eye(2), rule=self.rule, who=self.who, norms=torch.ones(2) if self.who == "norm" else None)
+
     @staticmethod
     def of(options: Mapping[str, Any]) -> "QSFMOptions":
         """From a criterion's options; others than these are an error."""
         known = {field.name for field in fields(QSFMOptions)}
         if unknown := set(options) - known:
-            raise ConvpareError(f"QSFM has no option {sorted(unknown)[0]!r}; its options are {', '.join(sorted(known))}")
+            listed = ", ".join(sorted(known))
+            raise ConvpareError(f"QSFM has no option {sorted(unknown)[0]!r}; its options are {listed}")
         return QSFMOptions(**options)
 
 
@@ -61,11 +66,11 @@ def _qsfm(context: Context, measure: str) -> dict[str, Ranking]:
     if context.images is None:
         raise ConvpareError(f"qsfm-{measure} compares feature maps and needs images: give data")
     options = QSFMOptions.of(context.options)
-    taps = [t for g in context.graph.groups for t in taps_of(context.graph, g, options.tap)]
+    taps = [t for g in context.groups for t in taps_of(context.graph, g, options.tap)]
     matrices = _similarities(context, taps, measure, options)
     norms = _norms(context, taps) if options.who == "norm" else None
     rankings = {}
-    for group in context.graph.groups:
+    for group in context.groups:
         mine = [i for i, t in enumerate(taps) if t.group == group.name]
         similarity = torch.stack([matrices[i] for i in mine]).mean(0)
         norm = None if norms is None else torch.stack([norms[i] for i in mine]).mean(0)
@@ -76,30 +81,25 @@ def _qsfm(context: Context, measure: str) -> dict[str, Ranking]:
 def _similarities(context: Context, taps: list[Tap], measure: str, options: QSFMOptions) -> list[Tensor]:
     """The mean similarity matrix (channels, channels) at every tap: two passes where the range is the layer's."""
     assert context.images is not None
-    numbers = {id(tap): i for i, tap in enumerate(taps)}
     spans: list[str | float] = [options.data_range] * len(taps)
     if options.data_range == "layer":
         ranges = [DataRange() for _ in taps]
-        with listening(context.model, context.graph, taps, lambda t, maps: ranges[numbers[id(t)]].update(maps)):
-            run(context.model, context.images)
+        visit(context.model, context.graph, taps, context.images, lambda i, maps: ranges[i].update(maps))
         spans = [r.result() for r in ranges]
     sums = [SimilarityAccumulator(SimilarityOptions(measure, options.window, span)) for span in spans]
-    with listening(context.model, context.graph, taps, lambda t, maps: sums[numbers[id(t)]].update(maps)):
-        run(context.model, context.images)
+    visit(context.model, context.graph, taps, context.images, lambda i, maps: sums[i].update(maps))
     return [s.result().cpu() for s in sums]
 
 
 def _norms(context: Context, taps: list[Tap]) -> list[Tensor]:
     """The summed square of every channel's maps at every tap, shape (channels,)."""
     assert context.images is not None
-    numbers = {id(tap): i for i, tap in enumerate(taps)}
     sums = [torch.zeros(len(t.channels), dtype=torch.float64) for t in taps]
 
-    def add(tap: Tap, maps: Tensor) -> None:
-        sums[numbers[id(tap)]] += maps.double().square().sum([a for a in range(maps.ndim) if a != 1]).cpu()
+    def add(i: int, maps: Tensor) -> None:
+        sums[i] += maps.double().square().sum([a for a in range(maps.ndim) if a != 1]).cpu()
 
-    with listening(context.model, context.graph, taps, add):
-        run(context.model, context.images)
+    visit(context.model, context.graph, taps, context.images, add)
     return sums
 
 
@@ -116,7 +116,8 @@ def _ranking(
         who=options.who,
         norms=None if norm is None else norm[index],
     )
-    scores = scores.nan_to_num(neginf=-1.0 if measure == "ssim" else 0.0)
+    worst = -1.0 if measure == "ssim" else min(0.0, float(similarity.min()))
+    scores = scores.nan_to_num(neginf=worst)
     errors = (1 - scores).clamp_min(0) if measure == "ssim" else 10 ** (-scores / 10)
     return Ranking(
         np.concatenate([gone, alive[order.cpu().numpy()]]),

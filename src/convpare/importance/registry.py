@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
-from convpare.graph.structure import Graph
+from convpare.graph.structure import Graph, Group
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,29 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Context:
-    """What a criterion may look at. `alive` (channels,) are the channels that no earlier round removed."""
+    """What a criterion may look at.
+
+    `alive` (channels,) are the channels that no earlier round removed, `only` the groups that need a ranking (None:
+    all of the graph's).
+    """
 
     model: nn.Module
     graph: Graph
     alive: np.ndarray
     images: Tensor | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    only: tuple[Group, ...] | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups to rank."""
+        return self.graph.groups if self.only is None else self.only
+
+    def check_options(self, *known: str) -> None:
+        """Raise unless all options are among these."""
+        for name in sorted(set(self.options) - set(known)):
+            has = f"its options are {', '.join(known)}" if known else "it has none"
+            raise ConvpareError(f"the criterion has no option {name!r}; {has}")
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by name, detached."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -103,9 +103,25 @@ def plan(
     if bool(budget.fractions) == (options.threshold is not None):
         raise ConvpareError("give either a budget (macs, params) or a threshold: macs=0.5 for half of the MACs")
     graph = trace(model, example_inputs) if graph is None else graph
-    images = _images_for(chosen, graph, data, options)
-    options = replace(options, scope=_resolve_scope(graph, budget, options))
-    return _Planner(model, graph, chosen, images, budget, options).plan()
+    if not graph.groups:
+        raise ConvpareError(f"nothing in {graph.model} can be removed; inspect says why every channel stays")
+    for name in options.exclude:
+        graph.group(name)
+    images = _images_for(chosen, graph, data, options) if chosen.needs_images else None
+    settled = replace(
+        options, scope=_resolve_scope(graph, budget, options), allocation=options.allocation or chosen.allocation
+    )
+    keep, errors = _choose(model, graph, chosen, images, budget, settled)
+    return Plan(
+        model=graph.model,
+        inputs=graph.inputs,
+        criterion=criterion,
+        options=_recorded(settled),
+        requested=budget.fractions,
+        before=total_cost(graph, graph.keep_all()),
+        after=total_cost(graph, keep),
+        edits=tuple(_edit(g, keep, errors) for g in graph.groups if not keep[g.units].all()),
+    )
 
 
 def calibration_images(data: Data | ImageSet | Tensor | None, limit: int, seed: int) -> Tensor | None:
@@ -118,17 +134,13 @@ def calibration_images(data: Data | ImageSet | Tensor | None, limit: int, seed: 
     elif isinstance(data, Data | ImageSet):
         images = (data.train if isinstance(data, Data) else data).tensor(limit=limit, seed=seed)
     else:
-        raise ConvpareError(f"data is a {type(data).__name__}; expected images (n, …), an image set, or what load_data gives")
+        raise ConvpareError(f"data is a {type(data).__name__}; expected images (n, …), an image set or data")
     if not torch.isfinite(images).all():
         raise ConvpareError("the calibration images contain NaN or infinite values")
     return images
 
 
-def _images_for(
-    chosen: Criterion, graph: Graph, data: Data | ImageSet | Tensor | None, options: PlanOptions
-) -> Tensor | None:
-    if not chosen.needs_images:
-        return None
+def _images_for(chosen: Criterion, graph: Graph, data: Data | ImageSet | Tensor | None, options: PlanOptions) -> Tensor:
     images = calibration_images(data, options.images, options.seed)
     if images is None or not len(images):
         raise ConvpareError(f"criterion {chosen.name} looks at feature maps and needs images: give data, or take l2")
@@ -149,11 +161,10 @@ def _resolve_scope(graph: Graph, budget: Budget, options: PlanOptions) -> str:
     return "inner" if all(least[m] <= limit for m, limit in limits_of(cost, graph, budget).items()) else "all"
 
 
-def _movable(graph: Graph, options: PlanOptions) -> list[Group]:
+def _movable(graph: Graph, options: PlanOptions) -> tuple[Group, ...]:
     """The groups that may lose channels."""
-    return [
-        g for g in graph.groups if g.name not in options.exclude and (options.scope == "all" or graph.is_inner(g))
-    ]
+    inner = options.scope == "inner"
+    return tuple(g for g in graph.groups if g.name not in options.exclude and (graph.is_inner(g) or not inner))
 
 
 def _levels(graph: Graph, options: PlanOptions) -> list[np.ndarray]:
@@ -163,86 +174,92 @@ def _levels(graph: Graph, options: PlanOptions) -> list[np.ndarray]:
     return [allowed if g.name in movable else allowed[:1] for g, allowed in zip(graph.groups, levels, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Planner:
-    """Everything that a plan is made of. Scope "auto" is resolved."""
+def _choose(
+    model: nn.Module, graph: Graph, chosen: Criterion, images: Tensor | None, budget: Budget, options: PlanOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mask of channels that stay (channels,), and the error that each of the others adds (channels,)."""
+    keep, errors = graph.keep_all(), np.zeros(graph.channels)
+    for number in range(1, options.rounds + 1):
+        rankings = _rank(model, graph, chosen, images, keep, options)
+        part = number / options.rounds
+        if options.threshold is not None:
+            counts = _counts_by_threshold(graph, rankings, part * options.threshold, options)
+        else:
+            step = Budget(**{m: 1 - part * (1 - fraction) for m, fraction in budget.fractions.items()})
+            counts = _counts_by_budget(graph, rankings, step, options)
+        fewer = graph.keep_all()
+        for group, count in zip(graph.groups, counts, strict=True):
+            if count < group.channels:
+                ranking = rankings[group.name]
+                gone = group.start + ranking.order[: group.channels - count]
+                newly = keep[gone]
+                errors[gone[newly]] = ranking.errors[: len(gone)][newly]
+                fewer[gone] = False
+        keep = fewer
+    return keep, errors
 
-    model: nn.Module
-    graph: Graph
-    criterion: Criterion
-    images: Tensor | None
-    budget: Budget
-    options: PlanOptions
 
-    def __post_init__(self) -> None:
-        if not self.graph.groups:
-            raise ConvpareError(
-                f"nothing in {self.graph.model} can be removed; inspect says why every channel stays"
-            )
-        for name in self.options.exclude:
-            self.graph.group(name)
+def _rank(
+    model: nn.Module, graph: Graph, chosen: Criterion, images: Tensor | None, alive: np.ndarray, options: PlanOptions
+) -> dict[str, Ranking]:
+    """Rank what may go; in later rounds on the network with the channels that are gone set to zero."""
+    current = model if alive.all() else zeroed(model, graph, alive)
+    groups = _movable(graph, options)
+    rankings = chosen.rank(Context(current, graph, alive, images, dict(options.criterion_options), groups))
+    for group in groups:
+        _check_ranking(rankings.get(group.name), group, chosen.name)
+    return rankings
 
-    def plan(self) -> Plan:
-        keep, errors = self._choose()
-        return Plan(
-            model=self.graph.model,
-            inputs=self.graph.inputs,
-            criterion=self.criterion.name,
-            options=self._recorded(),
-            requested=self.budget.fractions,
-            before=total_cost(self.graph, self.graph.keep_all()),
-            after=total_cost(self.graph, keep),
-            edits=tuple(_edit(g, keep, errors) for g in self.graph.groups if not keep[g.units].all()),
+
+def _check_ranking(ranking: Ranking | None, group: Group, criterion: str) -> None:
+    if ranking is None or sorted(ranking.order.tolist()) != list(range(group.channels)):
+        raise ConvpareError(f"criterion {criterion} does not rank the {group.channels} channels of {group.name!r}")
+    if ranking.errors.shape != (group.channels,) or not (np.isfinite(ranking.errors) & (ranking.errors >= 0)).all():
+        raise ConvpareError(
+            f"criterion {criterion} gives group {group.name!r} errors that are not all finite numbers of 0 or more, "
+            "one a channel: do the weights contain NaN?"
         )
 
-    @property
-    def allocation(self) -> str:
-        return self.options.allocation or self.criterion.allocation
 
-    def _recorded(self) -> dict[str, Any]:
-        recorded = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
-        given = dict(self.options.criterion_options)
-        return recorded | {
-            "allocation": self.allocation, "exclude": list(self.options.exclude), "criterion_options": given
-        }  # fmt: skip
+def _counts_by_budget(graph: Graph, rankings: Mapping[str, Ranking], budget: Budget, options: PlanOptions) -> list[int]:
+    """How many channels each group keeps, so that the budget is met."""
+    cost = CostModel(graph)
+    levels = _levels(graph, options)
+    if options.allocation == "uniform":
+        errors = even_errors(cost, levels, budget.fractions)
+    else:
+        errors = [np.zeros(1) if len(allowed) == 1 else _curve(rankings[g.name])[allowed[0] - allowed]
+                  for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
+    dense = cost.cost(np.array([g.channels for g in graph.groups], float))
+    allocation = Allocation(cost, levels, errors, limits_of(cost, graph, budget))
+    check_feasible(allocation, budget, dense)
+    allocate(allocation)
+    return [int(count) for count in allocation.kept]
 
-    def _choose(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mask of channels that stay (channels,), and the error that each of the others adds (channels,)."""
-        keep, errors = self.graph.keep_all(), np.zeros(self.graph.channels)
-        for number in range(1, self.options.rounds + 1):
-            rankings = self._rank(keep)
-            part = number / self.options.rounds
-            fewer = self._by_budget(rankings, part) if self.budget.fractions else self._by_threshold(rankings, part)
-            for group in self.graph.groups:
-                if group.name in rankings:
-                    ranking = rankings[group.name]
-                    added = np.zeros(group.channels)
-                    added[ranking.order] = ranking.errors
-                    newly = keep[group.units] & ~fewer[group.units]
-                    errors[group.units][newly] = added[newly]
-            keep = fewer
-        return keep, errors
 
-    def _rank(self, alive: np.ndarray) -> dict[str, Ranking]:
-        """Rank what may go; in later rounds on the network with the channels that are gone set to zero."""
-        current = self.model if alive.all() else zeroed(self.model, self.graph, alive)
-        groups = tuple(_movable(self.graph, self.options))
-        given = dict(self.options.criterion_options)
-        rankings = self.criterion.rank(Context(current, self.graph, alive, self.images, given, groups))
-        return {g.name: _checked(rankings.get(g.name), g, self.criterion.name) for g in groups}
+def _curve(ranking: Ranking) -> np.ndarray:
+    """The error of removing the first 0, 1, 2, … channels of a ranking."""
+    return np.concatenate([[0.0], np.cumsum(ranking.errors)])
 
-    def _by_budget(self, rankings: Mapping[str, Ranking], part: float) -> np.ndarray:
-        """The mask of channels that stay when this part of the way to the budget is gone."""
-        step = Budget(**{m: 1 - part * (1 - fraction) for m, fraction in self.budget.fractions.items()})
-        cost = CostModel(self.graph)
-        levels = _levels(self.graph, self.options)
-        if self.allocation == "uniform":
-            errors = even_errors(cost, levels, step.fractions)
-        else:
-            errors = [_curve(rankings.get(g.name))[allowed[0] - allowed]
-                      for g, allowed in zip(self.graph.groups, levels, strict=True)]  # fmt: skip
-        allocation = Allocation(cost, levels, errors, limits_of(cost, self.graph, step))
-        check_feasible(allocation, step, cost.cost(np.array([g.channels for g in self.graph.groups], float)))
-        allocate(allocation)
-        return self._mask(rankings, dict(zip(rankings_names(self.graph), allocation.kept.astype(int), strict=True)))
 
+def _counts_by_threshold(
+    graph: Graph, rankings: Mapping[str, Ranking], threshold: float, options: PlanOptions
+) -> list[int]:
+    """How many channels each group keeps, when those go whose errors, from the first on, are at most `threshold`."""
+    counts = []
+    for group, allowed in zip(graph.groups, _levels(graph, options), strict=True):
+        beyond = np.flatnonzero(rankings[group.name].errors > threshold) if len(allowed) > 1 else np.zeros(1)
+        wanted = group.channels - int(beyond[0]) if len(beyond) else 1
+        counts.append(int(allowed[allowed >= wanted].min()))
+    return counts
+
+
+def _edit(group: Group, keep: np.ndarray, errors: np.ndarray) -> RemoveChannels:
+    mine = keep[group.units]
+    kept = tuple(np.flatnonzero(mine).tolist())
+    return RemoveChannels(group.name, kept, group.channels, float(errors[group.units][~mine].sum()))
+
+
+def _recorded(options: PlanOptions) -> dict[str, Any]:
+    recorded = {f.name: getattr(options, f.name) for f in fields(options)}
+    return recorded | {"exclude": list(options.exclude), "criterion_options": dict(options.criterion_options)}

@@ -60,7 +60,7 @@ class CostModel:
         return {metric: before[metric] - after[metric] for metric in METRICS}
 
     def _sizes(self, kept: np.ndarray) -> np.ndarray:
-        return self._fixed + self._slope @ kept
+        return np.asarray(self._fixed + self._slope @ kept)
 
     def _sum(self, sizes: np.ndarray, rows: np.ndarray) -> dict[str, float]:
         numel = self._constant[rows] * sizes[self._axes[rows]].prod(axis=1)
@@ -292,7 +292,8 @@ def _exchange(allocation: Allocation, prices: Mapping[str, float]) -> None:
 
 def _grain(allocation: Allocation) -> float:
     """The largest error that the last level of a group adds."""
-    return float(max(errors[at] - errors[max(at - 1, 0)] for at, errors in zip(allocation.at, allocation.errors)))
+    each = zip(allocation.at, allocation.errors, strict=True)
+    return float(max(errors[at] - errors[max(at - 1, 0)] for at, errors in each))
 
 
 def _next(hull: Sequence[int], at: int) -> int:

@@ -1,6 +1,7 @@
 """Calibration: least squares or batch-norm recalibration, whichever brings the outputs nearer to the original's."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,10 +14,12 @@ from convpare.errors import ConvpareError
 from convpare.modes import eval_mode
 from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
-from convpare.recovery.batch_norm import recalibrate_
+from convpare.recovery.batch_norm import norms_of, recalibrate_
 from convpare.recovery.least_squares import Fitted, LeastSquares, compensate_
+from convpare.redundancy.taps import suited
 
 METHODS = ("calibrate", "least-squares", "batch-norm", "none")
+LEAST = 4  # images: two to fit to, two to compare on
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class RecoverOptions:
     Attributes:
         method: "least-squares", "batch-norm", or "calibrate": both (and neither) are tried, and the one whose
             outputs are nearest to the original's on calibration images that were not fitted to is taken.
-        images: how many calibration images are used, a tenth of them for that comparison.
+        images: how many calibration images are used, a tenth of them (at least two) for that comparison.
         seed: of the choice of images.
         least_squares: see `LeastSquares`.
     """
@@ -39,8 +42,8 @@ class RecoverOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConvpareError(f"no recovery {self.method!r}; choose one of {', '.join(METHODS)}")
-        if self.images < 2:
-            raise ConvpareError(f"recovery was given {self.images} image(s); at least 2 are needed")
+        if self.images < LEAST:
+            raise ConvpareError(f"recovery is to use {self.images} image(s); at least {LEAST} are needed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,24 +96,45 @@ def recover_with(
     plan = plan or plan_of(small)
     if plan is None:
         raise ConvpareError("this network carries no plan; give plan=, the one that made it from the teacher")
-    images = calibration_images(data, options.images, options.seed)
-    if images is None or len(images) < 2:
-        raise ConvpareError(f"recovery needs at least 2 calibration images, {0 if images is None else len(images)} given")
-    aside = max(1, len(images) // 10)
-    held, fit = images[:aside], images[aside:]
+    held, fit = _images_for(teacher, plan, data, options)
     tries: dict[str, tuple[nn.Module, Fitted | None]] = {}
     if options.method in ("none", "calibrate"):
         tries["none"] = (copy.deepcopy(small), None)
-    if options.method in ("batch-norm", "calibrate"):
-        recalibrated = copy.deepcopy(small)
-        recalibrate_(recalibrated, fit.split(128))
-        tries["batch-norm"] = (recalibrated, None)
+    if options.method == "batch-norm" or (options.method == "calibrate" and norms_of(small)):
+        tries["batch-norm"] = (_recalibrated(small, fit), None)
     if options.method in ("least-squares", "calibrate"):
         tries["least-squares"] = _least_squares(small, teacher, plan, fit, options, on_progress)
     reference = outputs(teacher, held)
     errors = {name: _error(outputs(model, held), reference) for name, (model, _) in tries.items()}
     best = min(errors, key=lambda name: errors[name])
-    return Recovered(tries[best][0], best, errors, len(images), tries[best][1])
+    if errors[best] == math.inf:
+        raise ConvpareError("the networks' outputs are not finite: do the weights contain NaN or infinite values?")
+    return Recovered(tries[best][0], best, errors, len(held) + len(fit), tries[best][1])
+
+
+def _images_for(
+    teacher: nn.Module, plan: Plan, data: Data | ImageSet | Tensor, options: RecoverOptions
+) -> tuple[Tensor, Tensor]:
+    """Images to compare on and images to fit to, as the teacher takes them."""
+    if len(plan.inputs) != 1:
+        raise ConvpareError(
+            f"{plan.model} takes {len(plan.inputs)} inputs; recovery can feed images only to a network with one"
+        )
+    images = calibration_images(data, options.images, options.seed)
+    if images is None or len(images) < LEAST:
+        given = 0 if images is None else len(images)
+        raise ConvpareError(f"recovery needs at least {LEAST} calibration images, {given} given")
+    aside = max(2, len(images) // 10)
+    images = suited(images, teacher)
+    return images[:aside], images[aside:]
+
+
+def _recalibrated(small: nn.Module, fit: Tensor) -> nn.Module:
+    if not norms_of(small):
+        raise ConvpareError("this network has no batch norm to recalibrate; choose least-squares")
+    model = copy.deepcopy(small)
+    recalibrate_(model, torch.tensor_split(fit, math.ceil(len(fit) / 128)))  # of about one size: none has one image
+    return model
 
 
 def _least_squares(
@@ -124,15 +148,21 @@ def _least_squares(
 
 
 def outputs(model: nn.Module, images: Tensor, batch_size: int = 128) -> Tensor:
-    """The first output of `model` for images (n, …), in evaluation mode, without gradients."""
+    """The first tensor that `model` returns for images (n, …), in evaluation mode, without gradients."""
     with eval_mode(model), torch.no_grad():
-        found = [model(batch) for batch in images.split(batch_size)]
-    first = [f[0] if isinstance(f, list | tuple) else next(iter(f.values())) if isinstance(f, dict) else f for f in found]
-    return torch.cat(first)
+        return torch.cat([_first(model(batch)) for batch in torch.split(images, batch_size)])
+
+
+def _first(output: object) -> Tensor:
+    while isinstance(output, dict | list | tuple) and output:
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    if not isinstance(output, Tensor):
+        raise ConvpareError(f"the model returns a {type(output).__name__} first; recovery compares tensors")
+    return output
 
 
 def _error(got: Tensor, reference: Tensor) -> float:
     error = (got - reference).double().square().sum()
     spread = (reference - reference.mean(0)).double().square().sum().clamp_min(1e-300)
     ratio = float(error / spread)
-    return ratio if ratio == ratio else float("inf")
+    return math.inf if math.isnan(ratio) else ratio

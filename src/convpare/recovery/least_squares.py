@@ -3,13 +3,13 @@
 The compressed network and the original run side by side over calibration images. Before a convolution or linear layer
 of the compressed one runs, its weights are replaced by those that bring what follows nearest to the original:
 
-    minimise  Σ ‖ρ(s ⊙ (W x + c) + t + o) − ρ(z)‖² + λ ‖W − W₀‖²    over W and c, over images and positions
+    minimise  Σ ‖W x + c − y‖² + λ ‖W − W₀‖²,  y = (z − t − o) / s,  over W and c, over images and positions
 
-x is what the layer reads *now*, z the original's value after the layer's batch norm (scale s, shift t) and, where the layer
-then joins a branch o that is known already (a shortcut), after the addition: so that each block corrects the error of
-the stream instead of handing it on. ρ is the rectifier that follows, if one does: where the original is negative, any
-negative value will do. It is minimised by a few least-squares fits, each to targets that the one before makes harmless;
-the loss never rises.
+x is what the layer reads *now*, z the original's value after the layer's batch norm (scale s, shift t) and, where the
+layer then joins a branch o that is known already (a shortcut), after the addition: so that each block corrects the
+error of the stream instead of handing it on. Where a rectifier follows and clips z, any value beyond the clip is as
+good: only what is on this side of it counts there. That is minimised by a few least-squares fits, each to targets that
+the one before makes harmless; this loss never rises.
 """
 
 import math
@@ -24,13 +24,12 @@ from torch.fx import Node
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Graph, Layer
 from convpare.graph.trace import operator_name
-from convpare.redundancy.patches import Geometry, columns, draw_places, split_groups
 from convpare.recovery.lockstep import Run, check_aligned
+from convpare.redundancy.patches import Geometry, columns, draw_places, split_groups
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 TRANSPARENT = ("aten.dropout", "aten.dropout_", "aten.contiguous")
 ADDITIONS = ("aten.add", "aten.add_")
-RECTIFIERS = ("aten.relu", "aten.relu_")
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,14 @@ class LeastSquares:
     widest: int = 6144
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("ridge", "rectifier_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConvpareError(f"{name} is {getattr(self, name)}; expected a number of 0 or more")
+        for name in ("samples", "least_samples", "memory", "widest"):
+            if getattr(self, name) < 1:
+                raise ConvpareError(f"{name} is {getattr(self, name)}; expected 1 or more")
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -66,14 +73,16 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Site:
-    """A layer in the running graph: its node, what follows it linearly, and whether a rectifier comes then."""
+    """A layer in the running graph: its node, what follows it linearly, and where a rectifier clips what comes then."""
 
     layer: Layer
     node: Node
     norm: Node | None
     end: Node  # the node at which the output is compared: the layer itself, its norm, or the sum
     other: Node | None  # the other operand of the sum
-    rectified: bool
+    clips: tuple[float, float]
+    bias: str | None  # the bias and the norm's running mean, where they are this layer's alone
+    mean: str | None
 
 
 def compensate_(
@@ -89,19 +98,22 @@ def compensate_(
 
     Args:
         student: `teacher` without the channels that the mask `keep` (channels of `graph`,) drops.
-        images: (n, …) calibration images; both networks' activations for all of them are held in memory, layer by layer.
+        images: (n, …) calibration images; both networks' activations for all of them are in memory, layer by layer.
         on_progress: called with (layers done, layers in all).
 
     Raises:
-        ConvpareError: the two networks run different operators, or the images contain NaN.
+        ConvpareError: the two networks run different operators, `keep` does not lead from one to the other, they are in
+            half precision, or the images or inputs of a layer contain NaN.
     """
+    tensors: dict[str, Tensor] = dict(student.named_parameters(remove_duplicate=False))
+    tensors.update(student.named_buffers(remove_duplicate=False))
+    _check_student(tensors, graph, keep)
     batches = _equal_batches(images)
     left, right = Run(teacher, batches), Run(student, batches)
     check_aligned(left, right)
     sites, kept = _sites(right, graph, keep, options)
     twins = [left.nodes[right.position[s.end]] for s in sites]
     left.snapshot(twins)
-    tensors = {**dict(student.named_parameters(remove_duplicate=False)), **dict(student.named_buffers(remove_duplicate=False))}
     generator = torch.Generator().manual_seed(options.seed)
     for number, (site, twin) in enumerate(zip(sites, twins, strict=True)):
         right.advance(right.position[site.node])
@@ -115,12 +127,25 @@ def compensate_(
     return Fitted(tuple(s.layer.name for s in sites), kept)
 
 
+def _check_student(tensors: Mapping[str, Tensor], graph: Graph, keep: np.ndarray) -> None:
+    for name, shape in graph.shapes.items():
+        expected = tuple(len(graph.kept((name, axis), keep)) for axis in range(len(shape)))
+        if name not in tensors or tensors[name].shape != expected:
+            got = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise ConvpareError(f"the plan makes {name} {expected} of {shape}, but in this network it is {got}")
+        if tensors[name].dtype in (torch.float16, torch.bfloat16):
+            raise ConvpareError(
+                f"{name} is {tensors[name].dtype}, which is too coarse for least squares; recover networks in float32, "
+                "or choose batch-norm recalibration"
+            )
+
+
 def _equal_batches(images: Tensor, size: int = 64) -> list[Tensor]:
     """Batches of one size, for the captured graph has the batch size in it; up to size − 1 images are left out."""
     if not torch.isfinite(images).all():
         raise ConvpareError("the calibration images contain NaN or infinite values")
     size = min(size, len(images))
-    return list(images[: len(images) // size * size].split(size))
+    return list(torch.split(images[: len(images) // size * size], size))
 
 
 def _sites(run: Run, graph: Graph, keep: np.ndarray, options: LeastSquares) -> tuple[list[Site], dict[str, str]]:
@@ -137,7 +162,7 @@ def _sites(run: Run, graph: Graph, keep: np.ndarray, options: LeastSquares) -> t
         changed = changed or len(graph.kept(layer.into, keep)) < graph.shapes[name][layer.in_axis]
         if not changed:
             continue
-        reason = _why_not(layer, nodes, graph, options)
+        reason = _why_not(layer, run, graph, keep, options)
         if reason:
             kept[layer.name] = reason
         else:
@@ -150,45 +175,70 @@ def _weight_name(run: Run, node: Node) -> str:
     return run.tensors.get(weight, "") if isinstance(weight, Node) else ""
 
 
-def _why_not(layer: Layer, nodes: list[Node], graph: Graph, options: LeastSquares) -> str | None:
-    unknowns = math.prod(graph.shapes[layer.weight][1:])
+def _why_not(layer: Layer, run: Run, graph: Graph, keep: np.ndarray, options: LeastSquares) -> str | None:
+    axes = range(1, len(graph.shapes[layer.weight]))
+    unknowns = math.prod(len(graph.kept((layer.weight, axis), keep)) for axis in axes)
     if layer.kind == "conv_transpose":
         return "transposed convolutions are not fitted"
-    if len(nodes) > 1:
-        return "it runs several times with one weight"
+    if run.uses[layer.weight] > 1:
+        return "its weight is used several times"
     if unknowns > options.widest:
         return f"{unknowns} unknowns per output channel are more than {options.widest}"
     return None
 
 
 def _site(run: Run, layer: Layer, node: Node) -> Site:
-    norm, here = None, node
+    norm, here, end, other = None, node, node, None
     while len(here.users) == 1:
         user = next(iter(here.users))
         name = operator_name(user)
-        if name == "aten.batch_norm" and norm is None and here.meta["val"].shape == node.meta["val"].shape:
-            norm = user
+        if name == "aten.batch_norm" and norm is None and _is_affine(run, user, node, layer):
+            norm = end = user
         elif name in ADDITIONS:
             other = _known_operand(run, user, here, run.position[node])
-            if other is None:
-                break
-            return Site(layer, node, norm, user, other, _is_rectified(user))
+            if other is not None:
+                end = here = user
+            break
         elif name not in TRANSPARENT:
             break
         here = user
-    return Site(layer, node, norm, norm or node, None, _is_rectified(here))
+    mean = run.tensors[norm.args[3]] if norm is not None else None  # type: ignore[index]
+    own = [name if name is not None and run.uses[name] == 1 else None for name in (layer.bias, mean)]
+    return Site(layer, node, norm, end, other, _clips_after(here), own[0], own[1])
+
+
+def _is_affine(run: Run, norm: Node, node: Node, layer: Layer) -> bool:
+    """Whether a batch norm scales and shifts the output channels of a layer by fixed numbers."""
+    tensors, training = norm.args[1:5], norm.args[5]
+    fixed = not training and None not in tensors[2:] and all(a is None or a in run.tensors for a in tensors)
+    shape = node.meta["val"].shape
+    return fixed and norm.meta["val"].shape == shape and (layer.kind == "conv" or len(shape) == 2)
 
 
 def _known_operand(run: Run, addition: Node, mine: Node, position: int) -> Node | None:
-    """The other operand of an addition, if it is an activation of the same shape that is known before the layer runs."""
+    """The other operand of an addition, if it is an activation of the same shape, known before the layer runs."""
     others = [a for a in addition.args if isinstance(a, Node) and a is not mine]
     if len(others) != 1 or addition.kwargs or run.position.get(others[0], position) >= position:
         return None
     return others[0] if others[0].meta["val"].shape == addition.meta["val"].shape else None
 
 
-def _is_rectified(node: Node) -> bool:
-    return bool(node.users) and all(operator_name(user) in RECTIFIERS for user in node.users)
+def _clips_after(node: Node) -> tuple[float, float]:
+    """Below and above which the rectifier that follows (ReLU, ReLU6) makes all values equal; infinite without one."""
+    bounds = {_bounds(user) for user in node.users}
+    return bounds.pop() if len(bounds) == 1 else (-math.inf, math.inf)
+
+
+def _bounds(node: Node) -> tuple[float, float]:
+    name = operator_name(node).rstrip("_")
+    if name == "aten.relu":
+        return 0.0, math.inf
+    if name == "aten.relu6":
+        return 0.0, 6.0
+    if name == "aten.hardtanh":
+        given = dict(zip(("min_val", "max_val"), node.args[1:], strict=False)) | dict(node.kwargs)
+        return float(given.get("min_val", -1.0)), float(given.get("max_val", 1.0))  # type: ignore[arg-type]
+    return -math.inf, math.inf
 
 
 @dataclass
@@ -196,6 +246,7 @@ class _Problem:
     """One layer's fit. For each of its groups: inputs x (groups, unknowns, samples), targets z and branch o
     (groups, out_channels per group, samples), scale s and shift t (groups, out_channels per group, 1)."""
 
+    name: str
     x: Tensor
     z: Tensor
     o: Tensor | None
@@ -204,7 +255,7 @@ class _Problem:
     weight: Tensor
     bias: Tensor | None
     mean: Tensor | None  # of the batch norm that follows, which takes the intercept where there is no bias
-    rectified: bool
+    clips: tuple[float, float]
 
     @staticmethod
     def gather(
@@ -227,15 +278,15 @@ class _Problem:
         for x, z, o in zip(inputs, targets, others, strict=True):
             places = draw_places(math.prod(z.shape[1:]) // z.shape[axis], share, generator).to(z.device)
             seen.append(columns(x.movedim(axis, 1), geometry, places, groups))
-            wanted_z.append(split_groups(_flat(z.index_select(axis, channels.to(z.device)), axis)[:, :, places], groups))
+            alike = _flat(z.index_select(axis, channels.to(z.device)), axis)
+            wanted_z.append(split_groups(alike[:, :, places], groups))
             if o is not None:
                 branch.append(split_groups(_flat(o, axis)[:, :, places], groups))
-        scale, shift, mean = _affine(site, run, tensors, weight)
-        per_group = [v.reshape(groups, -1, 1) for v in (scale, shift)]
+        scale, shift = (v.reshape(groups, -1, 1) for v in _affine(site, run, tensors, weight))
         return _Problem(
-            torch.cat(seen, 2), torch.cat(wanted_z, 2), torch.cat(branch, 2) if branch else None,
-            per_group[0], per_group[1], weight, tensors[site.layer.bias] if site.layer.bias else None, mean,
-            site.rectified,
+            site.layer.name, torch.cat(seen, 2), torch.cat(wanted_z, 2), torch.cat(branch, 2) if branch else None,
+            scale, shift, weight, tensors[site.bias] if site.bias else None, tensors[site.mean] if site.mean else None,
+            site.clips,
         )  # fmt: skip
 
     def solve(self, options: LeastSquares) -> None:
@@ -247,19 +298,28 @@ class _Problem:
         moment = (x @ x.mT).double() / x.shape[2]
         ridge = options.ridge * moment.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
         eye = torch.eye(moment.shape[1], dtype=torch.float64, device=moment.device) * ridge[:, None, None]
-        factor = torch.linalg.cholesky(moment + eye)
+        factor, failed = torch.linalg.cholesky_ex(moment + eye)
         alive = self.scale.abs() > 1e-6 * self.scale.abs().max()
         safe = torch.where(alive, self.scale, torch.ones_like(self.scale))
         fixed = self.shift if self.o is None else self.shift + self.o
         z, fitted = self.z, None
-        for _ in range(1 + (options.rectifier_steps if self.rectified else 0)):
-            if fitted is not None:  # where the original is negative, any negative value is as good
-                z = torch.where(self.z > 0, self.z, (self.scale * fitted + fixed).clamp_max(0))
+        low, high = self.clips
+        rectified = self.clips != (-math.inf, math.inf)
+        for _ in range(1 + (options.rectifier_steps if rectified else 0)):
+            if fitted is not None:  # where the original is clipped, any value beyond the clip is as good
+                now = self.scale * fitted + fixed
+                z = torch.where(self.z <= low, now.clamp_max(low), self.z)
+                z = torch.where(self.z >= high, now.clamp_min(high), z)
             y = (z - fixed) / safe
             mean = y.mean(2, keepdim=True) if intercept else torch.zeros_like(y[:, :, :1])
             cross = ((y - mean) @ x.mT).double() / x.shape[2]
             weight = torch.cholesky_solve((cross + old @ eye).mT, factor).mT
             fitted = weight.to(x.dtype) @ x + mean
+        if failed.any() or not torch.isfinite(weight).all():
+            raise ConvpareError(
+                f"the inputs of layer {self.name!r} are linearly dependent, or contain NaN or infinite values; give a "
+                f"ridge above {options.ridge:g}, or choose batch-norm recalibration"
+            )
         weight = torch.where(alive, weight, old)
         self._write(weight, mean.double() - weight @ centre.double(), alive)
 
@@ -287,19 +347,14 @@ def _geometry(site: Site, weight: Tensor) -> Geometry:
     )
 
 
-def _affine(
-    site: Site, run: Run, tensors: Mapping[str, Tensor], weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scale and shift (out_channels,) of the batch norm that follows, 1 and 0 without one, and its running mean."""
-    out = weight.shape[0]
-    ones, zeros = weight.new_ones(out), weight.new_zeros(out)
+def _affine(site: Site, run: Run, tensors: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift (out_channels,) of W x: by the batch norm that follows and by a bias that is not fitted."""
+    ones, zeros = weight.new_ones(weight.shape[0]), weight.new_zeros(weight.shape[0])
+    fixed = zeros if site.bias or not site.layer.bias else tensors[site.layer.bias].detach()
     if site.norm is None:
-        return ones, zeros, None
-    gamma, beta, mean, variance = (
-        tensors[run.tensors[a]].detach() if isinstance(a, Node) else None for a in site.norm.args[1:5]
-    )
-    if mean is None or variance is None:
-        raise ConvpareError(f"the batch norm after {site.layer.name} keeps no running statistics")
-    eps = float(site.norm.args[7])  # type: ignore[arg-type]
-    scale = (variance + eps).rsqrt() * (ones if gamma is None else gamma)
-    return scale, (zeros if beta is None else beta) - mean * scale, mean
+        return ones, fixed
+    arguments = [tensors[run.tensors[a]].detach() if isinstance(a, Node) else None for a in site.norm.args[1:5]]
+    gamma, beta, mean, variance = arguments
+    assert mean is not None and variance is not None
+    scale = (variance + float(site.norm.args[7])).rsqrt() * (ones if gamma is None else gamma)  # type: ignore[arg-type]
+    return scale, (zeros if beta is None else beta) + (fixed - mean) * scale

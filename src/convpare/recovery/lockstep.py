@@ -1,5 +1,6 @@
 """Run a captured network operator by operator over a list of batches that stay in memory."""
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.fx.node import map_arg
 
 from convpare.errors import ConvpareError
 from convpare.graph.capture import capture
+from convpare.graph.grouping import aliases
 from convpare.graph.trace import operator_name
 
 
@@ -17,7 +19,8 @@ class Run:
     """A captured network that advances one operator at a time, each over all batches (of one size).
 
     Values are freed after their last use. Parameters are the module's own tensors: who changes them changes the run.
-    `nodes` are the operators in the order of execution, `tensors` the names of parameters and buffers in the graph.
+    `nodes` are the operators in the order of execution, `tensors` the names of parameters and buffers in the graph (of
+    tied ones their first name), `uses` says how many operators read each.
     """
 
     def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
@@ -34,15 +37,19 @@ class Run:
             self._last_use.update(dict.fromkeys(node.all_input_nodes, number))
         signature = program.graph_signature
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        own.update(model.named_buffers(remove_duplicate=False))
+        tied = aliases(model)
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 raise ConvpareError(f"the forward has a nested graph ({node.target}), which cannot be run step by step")
             if node.op == "placeholder" and node.name in named:
-                self.tensors[node] = named[node.name]
+                self.tensors[node] = tied.get(named[node.name], named[node.name])
                 self._values[node] = [own[named[node.name]].detach()] * self._count
             elif node.op == "placeholder":
                 self._values[node] = self._input(program, node, batches)
+        read = [self.tensors[a] for node in self.nodes for a in node.all_input_nodes if a in self.tensors]
+        self.uses = Counter(read)
 
     def _input(self, program: torch.export.ExportedProgram, node: Node, batches: list[Tensor]) -> list[Any]:
         signature = program.graph_signature
@@ -76,7 +83,7 @@ class Run:
         call: Callable[..., Any] = node.target  # type: ignore[assignment]
         results = []
         for i in range(self._count):
-            args, kwargs = map_arg((node.args, node.kwargs), lambda used, i=i: self._values[used][i])
+            args, kwargs = map_arg((node.args, node.kwargs), {a: self._values[a][i] for a in node.all_input_nodes}.get)
             results.append(call(*args, **kwargs))
         self._values[node] = results
         if node in self._snapshots:

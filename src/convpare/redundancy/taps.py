@@ -1,12 +1,13 @@
 """Feature maps of a group of channels, tapped while a model runs over images."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Graph, Group, Layer
@@ -28,7 +29,7 @@ class Tap:
     channels: np.ndarray
 
     def maps(self, tensor: Tensor, kind: str) -> Tensor:
-        """(n, channels, *spatial) of a layer's input or output; copies are laid side by side, (n, channels, positions)."""
+        """(n, channels, *spatial) of a layer's input or output; copies lie side by side, (n, channels, positions)."""
         if kind == "linear" and tensor.ndim > 2:
             tensor = tensor.movedim(-1, 1)
         index = torch.as_tensor(self.channels, device=tensor.device)
@@ -53,9 +54,10 @@ def taps_of(graph: Graph, group: Group, tap: str) -> list[Tap]:
         return [_tap(graph, group, graph.layer(name), reads_input=False) for name in group.producers]
     depthwise = [n for n in group.producers if graph.is_depthwise(graph.layer(n))]
     names = [*depthwise, *(n for n in group.consumers if n not in depthwise)]
-    convolutions = [n for n in names if graph.layer(n).kind != "linear"]
-    found = [_tap(graph, group, graph.layer(name), reads_input=True) for name in convolutions or names]
-    return found or [_tap(graph, group, graph.layer(name), reads_input=False) for name in group.producers]
+    names = [n for n in names if graph.layer(n).weight != n] or names  # others are functional calls
+    found = [_tap(graph, group, graph.layer(name), reads_input=True) for name in names]
+    extended = [t for t in found if t.channels.shape[1] > 1 or _has_extent(graph, graph.layer(t.layer))]
+    return extended or found or [_tap(graph, group, graph.layer(name), reads_input=False) for name in group.producers]
 
 
 def _tap(graph: Graph, group: Group, layer: Layer, *, reads_input: bool) -> Tap:
@@ -65,29 +67,75 @@ def _tap(graph: Graph, group: Group, layer: Layer, *, reads_input: bool) -> Tap:
     return Tap(group.name, layer.name, reads_input, mine.reshape(group.channels, -1))
 
 
-@contextmanager
-def listening(model: nn.Module, graph: Graph, taps: Sequence[Tap], heard: Callable[[Tap, Tensor], None]) -> Iterator[None]:
-    """Call `heard(tap, maps)` whenever a tapped layer of `model` runs. The hooks are gone after the block."""
-    handles = []
+def _has_extent(graph: Graph, layer: Layer) -> bool:
+    """Whether a layer reads more than one position of an image."""
+    return layer.positions > graph.inputs[0][0] or math.prod(graph.shapes[layer.weight][2:]) > 1
+
+
+def visit(
+    model: nn.Module, graph: Graph, taps: Sequence[Tap], images: Tensor, heard: Callable[[int, Tensor], None]
+) -> None:
+    """Run `model` over `images` and call `heard(number, maps)` whenever the layer of tap `number` runs.
+
+    Raises:
+        ConvpareError: a tapped layer is no module, or does not run as one; or the images do not suit the model.
+    """
+    silent = set(range(len(taps)))
+
+    def hear(number: int, tensor: Tensor) -> None:
+        silent.discard(number)
+        heard(number, taps[number].maps(tensor.detach(), graph.layer(taps[number].layer).kind))
+
+    handles: list[RemovableHandle] = []
     try:
-        for tap in taps:
-            module = model.get_submodule(tap.layer)
-            kind = graph.layer(tap.layer).kind
+        for i, tap in enumerate(taps):
+            module = module_of(model, tap.layer)
             if tap.reads_input:
-                handles.append(module.register_forward_pre_hook(
-                    lambda _, inputs, tap=tap, kind=kind: heard(tap, tap.maps(inputs[0].detach(), kind))))  # fmt: skip
+                handles.append(module.register_forward_pre_hook(lambda _, inputs, i=i: hear(i, inputs[0])))
             else:
-                handles.append(module.register_forward_hook(
-                    lambda _, __, output, tap=tap, kind=kind: heard(tap, tap.maps(output.detach(), kind))))  # fmt: skip
-        yield
+                handles.append(module.register_forward_hook(lambda _, __, output, i=i: hear(i, output)))
+        run(model, images)
     finally:
         for handle in handles:
             handle.remove()
+    for number in silent:
+        raise _no_module(taps[number].layer)
+
+
+def module_of(model: nn.Module, layer: str) -> nn.Module:
+    """The module of a layer.
+
+    Raises:
+        ConvpareError: the layer is a functional call with a parameter of its own.
+    """
+    found: nn.Module | None = dict(model.named_modules(remove_duplicate=False)).get(layer)
+    if found is None:
+        raise _no_module(layer)
+    return found
+
+
+def _no_module(layer: str) -> ConvpareError:
+    return ConvpareError(
+        f"layer {layer!r} does not run as a module of its own, so that its feature maps cannot be read; exclude the "
+        "groups beside it, or take a criterion that looks at weights alone, such as l2"
+    )
 
 
 def run(model: nn.Module, images: Tensor, batch_size: int = 32) -> None:
-    """Run `model` over `images` (n, …) in evaluation mode without gradients, for its hooks' sake."""
-    device = next((p.device for p in model.parameters()), images.device)
+    """Run `model` over `images` (n, …) in evaluation mode without gradients, for its hooks' sake.
+
+    Raises:
+        ConvpareError: it does not run on them.
+    """
     with eval_mode(model), torch.no_grad():
-        for batch in images.split(batch_size):
-            model(batch.to(device))
+        for batch in torch.split(images, batch_size):
+            try:
+                model(suited(batch, model))
+            except RuntimeError as error:
+                raise ConvpareError(f"the model failed on images of shape {tuple(batch.shape)}: {error}") from error
+
+
+def suited(images: Tensor, model: nn.Module) -> Tensor:
+    """The images on the device and in the type of the model's first parameter."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), images)
+    return images.to(like.device, like.dtype)

@@ -1,0 +1,859 @@
+"""The command line as a hostile and clumsy user meets it."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import pickle
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
+
+from convpare import artifact, cli, measurement, terminal
+from convpare.artifact import load_artifact
+from convpare.blocks.digits import digits_net
+from convpare.importance import criteria
+from convpare.importance.qsfm import QSFMOptions
+from convpare.planning.planner import ALLOCATIONS, SCOPES
+from convpare.recovery.calibrate import METHODS
+from convpare.timing import side_by_side
+
+NETS = """
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(1, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.b = nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.b(torch.relu(self.norm(self.a(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Branch(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.sum() > 0 else -y
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8 * 16, 10)
+
+    def forward(self, x):
+        return self.fc(self.b(self.a(x)).flatten(1))
+
+
+class Dense(Net):
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class Broken(Net):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+class Sleepy(Net):
+    def forward(self, x):
+        if x.shape[0] > 100:
+            Path("asleep").touch()
+            time.sleep(60)
+        return super().forward(x)
+
+
+def make():
+    torch.manual_seed(0)
+    return Net()
+
+
+def with_nan():
+    net = Net()
+    net.fc.weight.data[0, 0] = float("nan")
+    return net
+
+
+def fails():
+    raise RuntimeError("boom in the factory")
+
+
+def leaves():
+    sys.exit(3)
+
+
+def nothing():
+    pass
+
+
+def takes_one(argument):
+    return Net()
+
+
+number = 3
+"""
+
+
+class Evil:
+    """Pickled, it leaves a file where it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[[str], Result]
+
+
+def tree(place: Path) -> dict[str, tuple[int, int] | None]:
+    """Every file with its size and time of change: what a failed command must leave as it was."""
+    return {
+        str(path.relative_to(place)): (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+        for path in place.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models, images and rubbish."""
+    place = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = digits_net().state_dict()
+    save_file(weights, place / "digits.safetensors")
+    save_file({**weights, "fc.bias": weights["fc.bias"] * float("nan")}, place / "nan.safetensors")
+    for name in ("evil.pt", "evil.safetensors", "evil.pkl"):
+        (place / name).write_bytes(pickle.dumps(Evil()))
+    torch.save({"fc.bias": Evil()}, place / "evil_zip.pt")
+    (place / "net.py").write_text(NETS)
+    (place / "syntax.py").write_text("def make(:\n")
+    (place / "raises.py").write_text("raise RuntimeError('boom at import')\n")
+    (place / "leaves.py").write_text("import sys\nsys.exit(3)\n")
+    pixels, labels = rng.integers(0, 256, (60, 8, 8), dtype=np.uint8), np.arange(60) % 10
+    np.savez(place / "grey.npz", images=pixels, labels=labels)
+    np.savez(place / "unlabelled.npz", images=pixels)
+    np.savez(place / "small.npz", images=pixels[:, :6, :6])
+    np.savez(place / "rgb.npz", images=rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), labels=labels)
+    np.savez(place / "beyond.npz", images=pixels, labels=labels + 7)
+    np.savez(place / "negative.npz", images=pixels, labels=labels - 1)
+    np.savez(place / "objects.npz", images=np.array([{}], dtype=object))
+    np.savez(place / "one.npz", images=pixels[:1])
+    (place / "text.npz").write_text("no archive")
+    for name in ("photos", "classes/cat", "classes/dog"):
+        (place / name).mkdir(parents=True)
+        for i in range(8):
+            image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+            image.save(place / name / f"{i}.{'jpg' if name == 'photos' else 'png'}")
+    (place / "classes/cat/text.png").write_text("no image")
+    whole = (place / "photos/0.jpg").read_bytes()
+    (place / "photos/cut.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    (place / "empty").mkdir()
+    (place / "thesis").mkdir()
+    (place / "thesis/thesis.tex").write_text("years of work")
+    (place / "file").write_text("a file")
+    return place
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Call the command line in this process, in a folder of models and images, with short measurements of time."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(measurement, "side_by_side", functools.partial(side_by_side, seconds=0.0))
+    for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(line: str) -> Result:
+        code: object = 0
+        try:
+            cli.main(shlex.split(line))
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        assert isinstance(code, int), code
+        return Result(code, captured.out, captured.err)
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(place: Path) -> Path:
+    """An artifact of convpare:digits; tests must not change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "side_by_side", functools.partial(side_by_side, seconds=0.0))
+        patch.chdir(place)
+        with pytest.raises(SystemExit) as end:
+            cli.main(["compress", *shlex.split(f"{DIGITS} --data digits --macs 0.5 --images 64 -o made")])
+    assert not end.value.code
+    return place / "made"
+
+
+DIGITS = "convpare:digits --weights digits.safetensors"
+COMPRESS = f"compress {DIGITS} --data digits -o new"
+NO_IMAGES = "--recover none --criterion l2"
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+WRONG_OPTIONS = {
+    "inspect": "MODEL requires an argument",
+    "inspect convpare:digits --frob": "Unknown option: --frob",
+    "inspect convpare:digits extra": "extra",
+    "explain convpare:digits": "Unknown command .*Available commands: inspect, compress, evaluate, demo",
+    "compress convpare:digits --data digits --macs 0.5": "--output requires an argument",
+    f"{COMPRESS}": "how much shall go.*--macs or --params",
+    f"{COMPRESS} --macs 0": r"macs budget is 0\.0; expected a fraction .* above 0 and at most 1",
+    f"{COMPRESS} --macs 1.5": r"macs budget is 1\.5",
+    f"{COMPRESS} --macs -1": r"macs budget is -1\.0",
+    f"{COMPRESS} --params nan": "params budget is nan",
+    f"{COMPRESS} --macs abc": r'--macs: unable to convert "abc" into float',
+    f"{COMPRESS} --macs 0.5 --threshold 0.1": "--threshold takes the place of a budget",
+    f"{COMPRESS} --threshold nan": "--threshold is nan; expected a finite number",
+    f"{COMPRESS} --threshold -1": r"--threshold is -1\.0",
+    f"{COMPRESS} --macs 0.5 --criterion qsfm": "no criterion 'qsfm'; choose one of .*qsfm-ssim",
+    f"{COMPRESS} --macs 0.5 --scope x": '"x" for --scope.*"inner"',
+    f"{COMPRESS} --macs 0.5 --allocation x": '"x" for --allocation.*"uniform"',
+    f"{COMPRESS} --macs 0.5 --tap x": '"x" for --tap.*"activation"',
+    f"{COMPRESS} --macs 0.5 --window x": '"x" for --window.*"gaussian"',
+    f"{COMPRESS} --macs 0.5 --rule x": '"x" for --rule.*"pair"',
+    f"{COMPRESS} --macs 0.5 --who x": '"x" for --who.*"norm"',
+    f"{COMPRESS} --macs 0.5 --who norm --rule mean": "--who norm chooses within pairs; with --rule mean",
+    f"{COMPRESS} --macs 0.5 --recover x": '"x" for --recover.*"batch-norm"',
+    f"{COMPRESS} --macs 0.5 --data-range x": "--data-range is 'x'; expected layer, image, or a number above 0",
+    f"{COMPRESS} --macs 0.5 --data-range -1": "--data-range is '-1'",
+    f"{COMPRESS} --macs 0.5 --criterion l2 --tap conv": "--tap is an option of qsfm-ssim .* criterion l2 has none",
+    f"{COMPRESS} --macs 0.5 --round-to 0": '"0" for --round-to. Must be >= 1',
+    f"{COMPRESS} --macs 0.5 --rounds 0": "--rounds",
+    f"{COMPRESS} --macs 0.5 --images 0": "--images",
+    f"{COMPRESS} --macs 0.5 --samples 0": "--samples",
+    f"{COMPRESS} --macs 0.5 --limit 0": "--limit",
+    f"{COMPRESS} --macs 0.5 --seed -1": "--seed",
+    f"{COMPRESS} --macs 0.5 --recover-images 1": r"1 image\(s\); at least",
+    f"compress {DIGITS} --macs 0.5 -o new": "qsfm-ssim looks at feature maps: give images with --data",
+    f"compress {DIGITS} --macs 0.5 --criterion l2 -o new": "recovery needs images: give --data, or --recover none",
+    f"compress {DIGITS} --macs 0.5 {NO_IMAGES} --crop 8 -o new": "--crop is about images; say with --data which ones",
+    f"compress {DIGITS} --macs 0.5 {NO_IMAGES} --test digits -o new": "--test is about images",
+    "evaluate convpare:digits": "evaluate needs labelled images: give --data",
+    "inspect convpare:digits --num-classes 0": '"0" for --num-classes',
+}
+
+WRONG_MODELS = {
+    'inspect ""': "MODEL is empty",
+    "inspect digits": "of no known form.*convpare:NAME.*the folder of an artifact",
+    "inspect nowhere/": "of no known form",
+    "inspect convpare:digitz": "Did you mean digits",
+    "inspect conpvare:digits": r"Did you mean convpare:",
+    "inspect convpare:digits --weights none.safetensors": "none.safetensors do not exist",
+    "inspect convpare:digits --weights photos": "photos do not exist or are no file",
+    "inspect convpare:digits --weights nan.safetensors": "nan.safetensors: fc.bias holds NaN",
+    "inspect convpare:resnet20 --weights digits.safetensors": "do not fit CifarResNet.*missing.*unexpected",
+    "inspect convpare:digits --weights evil.pt": r"hold more than weights \((?!Weights only).*never executed",
+    "inspect convpare:digits --weights evil_zip.pt": "unsupported GLOBAL .*mkdir.*never executed",
+    "inspect convpare:digits --weights evil.safetensors": "no safetensors file",
+    "inspect convpare:digits --weights evil.pkl": r"expected \.safetensors, \.pt or \.pth",
+    "inspect convpare:digits --model net.py:make": "--model says what an artifact was made from",
+    "inspect net.py": "of no known form.*path/file.py:factory",
+    "inspect nowhere.py:make": "nowhere.py does not exist",
+    "inspect syntax.py:make": r"SyntaxError: invalid syntax \(syntax.py, line 1\)",
+    "inspect raises.py:make": "RuntimeError: boom at import",
+    "inspect leaves.py:make": "cannot be imported: SystemExit: 3",
+    "inspect net.py:fails": "RuntimeError: boom in the factory",
+    "inspect net.py:leaves": "building model .* failed: SystemExit: 3",
+    "inspect net.py:nothing": "returned a NoneType; it must return an nn.Module",
+    "inspect net.py:takes_one": "missing 1 required positional argument",
+    "inspect net.py:mak": "there is no 'mak'. Did you mean make",
+    "inspect net.py:number": "number is a int; it must be a function or a class",
+    "inspect net.py:make": "shape of the model's input is not known: give --input",
+    "inspect net.py:with_nan --input 1,1,8,8": "'fc.weight' of net.py:with_nan holds NaN",
+    "inspect net.py:Branch --input 1,1,8,8": "Branch runs on inputs .* but torch.export cannot capture it",
+    "compress net.py:Branch --data digits --macs 0.5 -o new": "torch.export cannot capture it",
+    "inspect convpare:digits --input 1,3,8,8": r"does not run on inputs of shape \(1, 3, 8, 8\).*--input",
+    "inspect convpare:digits --input 1,1,8": r"does not run on inputs of shape \(1, 1, 8\)",
+    "inspect convpare:digits --input 1,1,1,8,8": r"does not run on inputs of shape \(1, 1, 1, 8, 8\)",
+    "inspect convpare:digits --input 1x1x8x8": "--input is '1x1x8x8'; expected whole numbers",
+    "inspect convpare:digits --input 1,1,0,8": "--input is '1,1,0,8'",
+    "inspect convpare:digits --input 1,1,99999999,99999999": "does not fit into memory",
+    "inspect empty": r"empty/plan\.json; an artifact is a folder",
+    "evaluate thesis --data digits": r"thesis/plan\.json; an artifact is a folder",
+}
+
+WRONG_IMAGES = {
+    "inspect convpare:digits --data nowhere": "data 'nowhere' does not exist.*Valid forms",
+    "inspect convpare:digits --data digit": "Did you mean digits",
+    "inspect convpare:digits --data file": "is neither a folder nor an .npz file",
+    "inspect convpare:digits --data empty": "empty holds no readable images",
+    "inspect convpare:digits --data text.npz": "text.npz is damaged or no .npz file",
+    "inspect convpare:digits --data objects.npz": "objects.npz cannot be read as an .npz file of plain arrays",
+    "inspect convpare:digits --data cifar10:nowhere": "nowhere is not a folder",
+    "inspect convpare:digits --data rgb.npz": r"rgb.npz: .* 3 channel\(s\), but mean and std have 1 value",
+    "inspect convpare:resnet20 --data grey.npz": r"grey.npz: .* 1 channel\(s\), but mean and std have 3 value",
+    "compress convpare:resnet56 --data digits --macs 0.5 -o new": r"digits: .* 1 channel\(s\)",
+    "compress convpare:resnet56 --data digits --mean 0 --std 1 --macs 0.5 -o new": (
+        "convpare:resnet56 does not run on the images of digits, which are 1×8×8 .* made for 3×32×32"
+    ),
+    "compress net.py:Flat --data small.npz --input 1,1,8,8 --macs 0.5 -o new": (
+        "net.py:Flat does not run on the images of small.npz, which are 1×6×6"
+    ),
+    "compress net.py:Broken --data unlabelled.npz --macs 0.5 -o new": "net.py:Broken gives NaN for the first image",
+    "inspect convpare:resnet20 --data photos --mean 0.5,0.5": "photos: mean .* and std .* need the same length",
+    "inspect convpare:resnet20 --data photos --mean 0.5,x,1": "--mean is '0.5,x,1'; expected numbers",
+    "inspect convpare:resnet20 --data photos --std 0,0,0": "std .* above zero",
+    "inspect convpare:resnet20 --data photos --crop 64": r"photos/0.jpg: a crop of 64 pixels does not fit .*40x40",
+    "inspect convpare:resnet20 --data photos --resize 0": "--resize",
+    "inspect convpare:digits --data digits --classes none.txt": "--classes only says the order of class folders",
+    "inspect convpare:resnet20 --data classes --classes none.txt": "none.txt cannot be read",
+    f"evaluate {DIGITS} --data unlabelled.npz": "unlabelled.npz have no labels",
+    f"evaluate {DIGITS} --data beyond.npz": "labels go from 7 to 16, but the model has 10 outputs",
+    f"evaluate {DIGITS} --data negative.npz": "negative.npz: the training labels start at -1",
+    "evaluate net.py:Dense --data digits": "accuracy needs a classifier's",
+    f"compress {DIGITS} --data digits --test unlabelled.npz --macs 0.5 -o new": "unlabelled.npz have no labels",
+    f"compress {DIGITS} --data digits --test rgb.npz --macs 0.5 -o new": "rgb.npz: ",
+    f"compress {DIGITS} --data one.npz --macs 0.5 -o new": "calibration images, 1 given",
+}
+
+WRONG_PLANS = {
+    f"{COMPRESS} --macs 0.0001": "macs 0.0001 was asked for, at best 0.001 can be reached",
+    f"{COMPRESS} --macs 0.5 --params 0.0001": "params 0.0001 was asked for, at best",
+    f"{COMPRESS} --macs 0.5 --round-to 1000": "macs 0.5 was asked for, at best 1 can be reached",
+    f"{COMPRESS} --macs 0.5 --exclude fc": "no group 'fc' in DigitsNet; its groups are stem.0",
+}
+
+WRONG_PLACES = {
+    "compress convpare:digits --data digits --macs 0.5 -o file": "file is a file; an artifact is a folder",
+    "compress convpare:digits --data digits --macs 0.5 -o file/new": "file is a file; choose another place",
+    "compress convpare:digits --data digits --macs 0.5 -o thesis": "thesis holds 'thesis.tex', which would be lost",
+    "compress convpare:digits --data digits --macs 0.5 -o .": "-o names the current folder",
+    'compress convpare:digits --data digits --macs 0.5 -o ""': "-o names the current folder",
+    f"{COMPRESS} --macs 0.5 --json nowhere/x.json": "there is no folder nowhere; make it",
+    f"{COMPRESS} --macs 0.5 --json thesis": "--json is thesis, a folder",
+    f"{COMPRESS} --macs 0.5 --json new/x.json": "inside an artifact",
+    f"{COMPRESS} --macs 0.5 --json digits.safetensors": "which is there and holds something else",
+    f"{COMPRESS} --macs 0.5 --json /dev/null": "no ordinary file",
+    "inspect convpare:digits --json file/x.json": "no folder file",
+    "evaluate convpare:digits --data digits --json nowhere/x.json": "no folder nowhere",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        pair
+        for group in (WRONG_OPTIONS, WRONG_MODELS, WRONG_IMAGES, WRONG_PLANS, WRONG_PLACES)
+        for pair in group.items()
+    ],
+)
+def test_one_message_and_exit_code_1(run: Run, place: Path, line: str, message: str):
+    before = tree(place)
+    result = run(line)
+    assert result.code == 1
+    assert result.out == ""
+    assert result.err.count("error: ") == 1
+    assert "Traceback" not in result.err
+    assert re.search(message, result.err), result.err
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("line", [*WRONG_PLACES, *WRONG_OPTIONS])
+def test_fails_before_the_work(run: Run, monkeypatch: pytest.MonkeyPatch, line: str):
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the model was opened first")
+
+    monkeypatch.setattr(cli, "load_model", work)
+    monkeypatch.setattr(cli, "load_artifact", work)
+    assert run(line).code == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux' /proc, where even root cannot write")
+def test_unwritable_places(run: Run):
+    result = run("compress convpare:digits --data digits --macs 0.5 -o /proc/new")
+    assert (result.code, result.out) == (1, "")
+    assert "/proc/new cannot be written" in result.err
+    result = run("inspect convpare:digits --json /proc/x.json")
+    assert (result.code, result.out) == (1, "")
+    assert "--json is /proc/x.json, which cannot be written" in result.err
+
+
+def test_full_disk_under_the_output(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "_write_json", full)
+    result = run("inspect convpare:digits")
+    assert result.code == 1
+    assert "No space left on device" in result.err
+
+
+def test_nothing_was_executed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After the tests that give pickles to every command; what they hold would show."""
+    assert not (place / "executed").exists()
+    monkeypatch.chdir(tmp_path)
+    pickle.loads((place / "evil.pt").read_bytes())
+    assert (tmp_path / "executed").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ artifacts
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def edit(folder: Path) -> None:
+    text = (folder / "plan.json").read_text()
+    (folder / "plan.json").write_text(text.replace('"criterion": "qsfm-ssim"', '"criterion": "qsfm-psnr"'))
+
+
+def pickle_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+
+
+def pickle_record(folder: Path) -> None:
+    (folder / "plan.json").write_bytes(pickle.dumps(Evil()))
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "is damaged or was replaced"),
+        (edit, "edited or damaged"),
+        (pickle_weights, "is damaged or was replaced"),
+        (pickle_record, "cannot be used"),
+        (lose_weights, "there is no file .*model.safetensors"),
+    ],
+)
+def test_damaged_artifacts(run: Run, made: Path, damage: Callable[[Path], None], message: str):
+    folder = made.with_name("damaged")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(made, folder)
+    damage(folder)
+    before = tree(folder)
+    for line in (
+        "inspect damaged",
+        "evaluate damaged --data digits",
+        f"compress damaged --macs 0.9 {NO_IMAGES} -o new",
+    ):
+        result = run(line)
+        assert (result.code, result.out) == (1, "")
+        assert re.search(message, result.err), result.err
+    assert tree(folder) == before
+    assert not folder.with_name("executed").exists()
+    shutil.rmtree(folder)
+
+
+def test_options_that_an_artifact_has_no_use_for(run: Run, made: Path):
+    assert "--weights is for models that are built by name" in run("inspect made --weights digits.safetensors").err
+    assert "--num-classes is for models" in run("inspect made --num-classes 3").err
+    result = run("evaluate made --data digits --model net.py:make")
+    assert result.code == 1
+    assert "the model in made is a 'DigitsNet', but the factory gives a 'Net'" in result.err
+    assert "inside an artifact" in run("inspect made --json made/x.json").err
+
+
+def test_artifact_of_an_artifact(run: Run, made: Path):
+    first = load_artifact(made)
+    assert run("compress made --data digits --macs 0.5 -o smaller --json smaller.json").code == 0
+    second = load_artifact("smaller")
+    assert (second.spec, second.preprocessing) == ("convpare:digits", first.preprocessing)
+    assert first.plan is not None and second.plan is not None
+    assert second.plan.before == first.plan.after
+    figures = json.loads(Path("smaller.json").read_text())
+    result = run("evaluate smaller --data digits --json smaller.json")
+    assert result.code == 0
+    assert json.loads(Path("smaller.json").read_text())["top1"] == figures["after"]["top1"]
+    assert run("inspect smaller --data digits --images 8").code == 0
+
+
+def test_artifact_in_its_own_place(run: Run, made: Path):
+    shutil.copytree(made, "itself")
+    assert run("compress itself --data digits --macs 0.5 --images 16 -o itself").code == 0
+    plan, old = load_artifact("itself").plan, load_artifact(made).plan
+    assert plan is not None and old is not None
+    assert plan.before == old.after
+
+
+def test_own_code(run: Run):
+    assert run("compress net.py:make --data digits --macs 0.5 --images 64 -o own --json own.json").code == 0
+    after = json.loads(Path("own.json").read_text())["after"]
+    refused = run("evaluate own --data digits")
+    assert refused.code == 1
+    assert "not run unasked" in refused.err
+    assert "of the factory 'net.py:make'" in refused.err
+    assert "--model SPEC" in refused.err
+    assert run("evaluate own --data digits --model net.py:make --json own.json").code == 0
+    assert json.loads(Path("own.json").read_text())["top1"] == after["top1"]
+    assert "but the factory gives a 'Dense'" in run("evaluate own --data digits --model net.py:Dense").err
+    assert run("compress own --model net.py:make --data digits --macs 0.7 --images 64 -o own2").code == 0
+    assert run("evaluate own2 --data digits --model net.py:make").code == 0
+    assert load_artifact("own2", lambda: artifact.load_model("net.py:make").module).spec == "net.py:make"
+
+
+def test_number_of_classes_survives(run: Run):
+    assert run(f"compress convpare:digits --num-classes 3 --macs 0.5 {NO_IMAGES} -o three").code == 0
+    assert load_artifact("three").module(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
+
+
+# ------------------------------------------------------------------------------------------------------ what goes right
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--macs 0.5 --round-to 8",
+        "--threshold 0.05",
+        "--macs 0.5 --rounds 2",
+        "--macs 0.5 --params 0.4 --scope all --recover batch-norm",
+        "--macs 0.6 --exclude block1.conv1,stem.0 --scope all --allocation global --criterion l1 --recover none",
+        "--macs 0.5 --criterion qsfm-psnr --tap conv --window gaussian --data-range 4 --rule mean --limit 50",
+        "--macs 0.5 --who norm --data-range image --recover least-squares --recover-images 64 --samples 4",
+        "--macs 0.5 --criterion reconstruction --seed 7 --test grey.npz",
+    ],
+)
+def test_options_of_compress(run: Run, options: str):
+    assert run(f"{COMPRESS}-options --images 64 --json options.json {options}").code == 0
+    plan = load_artifact("new-options").plan
+    figures = json.loads(Path("options.json").read_text())
+    assert plan is not None
+    assert figures["self_check"]["passed"]
+    assert figures["achieved"] == plan.achieved
+    for metric, fraction in figures["requested"].items():
+        assert figures["after"][metric] <= fraction * figures["before"][metric]
+    kept = {edit.group: len(edit.keep) for edit in plan.edits}
+    if "--round-to 8" in options:
+        assert kept and all(count % 8 == 0 for count in kept.values())
+    if "--exclude" in options:
+        assert kept and not {"block1.conv1", "stem.0"} & set(kept)
+    if "--limit" in options:
+        assert figures["test_images"] == 50
+    if "--test grey.npz" in options:
+        assert figures["test_images"] == 60
+
+
+def test_without_images(run: Run, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torchvision")
+    result = run(
+        f"compress torchvision:squeezenet1_1 --input 1,3,64,64 --macs 0.5 {NO_IMAGES} -o squeezed --json s.json"
+    )
+    assert result.code == 0
+    assert "warning: the weights of torchvision:squeezenet1_1 are random" in result.err
+    figures = json.loads(Path("s.json").read_text())
+    assert figures["after"]["macs"] <= 0.5 * figures["before"]["macs"]
+    assert figures["before"]["top1"] is None
+    assert "top-1" not in result.out
+    saved = load_artifact("squeezed")
+    assert saved.preprocessing is not None
+    assert saved.preprocessing.crop == 224
+
+
+def test_folder_without_labels(run: Run):
+    options = "--macs 0.7 --images 8 --recover batch-norm -o photographed --json p.json"
+    result = run(f"compress convpare:resnet20 --data photos {options}")
+    assert result.code == 0
+    assert re.search(r"warning: skipped, not a readable image: photos/cut.jpg: .*truncated", result.err)
+    figures = json.loads(Path("p.json").read_text())
+    assert [stage["top1"] for stage in figures["stages"]] == [None] * 3
+    assert figures["recovery"]["images"] == 8
+    assert "top-1" not in result.out
+    assert "images: no labels" in result.out
+
+
+def test_class_folders(run: Run):
+    Path("names.txt").write_text("dog\ncat\n")
+    result = run("evaluate convpare:resnet20 --data classes --classes names.txt --json c.json")
+    assert result.code == 0
+    assert "skipped, not a readable image: classes/cat/text.png" in result.err
+    assert json.loads(Path("c.json").read_text())["images"] == 16
+
+
+def test_many_unreadable_images_are_counted(run: Run):
+    shutil.copytree("photos", "rubbish")
+    for i in range(7):
+        Path(f"rubbish/x{i}.png").write_text("no image")
+    result = run("inspect convpare:resnet20 --data rubbish --images 4")
+    assert result.err.count("skipped, not a readable image") == 5
+    assert "skipped 3 more unreadable images" in result.err
+
+
+def test_json_of_inspect(run: Run):
+    assert run(f"inspect {DIGITS} --data digits --images 16 --json i.json").code == 0
+    found = json.loads(Path("i.json").read_text())
+    assert {"model", "inputs", "layers", "groups", "frozen", "macs", "params", "activations"} <= set(found)
+    assert set(found["layers"][0]) == {"name", "kind", "weight", "macs", "params", "activations"}
+    assert set(found["groups"][0]) == {"name", "channels", "producers", "consumers", "similar"}
+    assert found["frozen"] == [{"layer": "fc", "channels": 10, "reason": "the model's output"}]
+    assert sum(layer["macs"] for layer in found["layers"]) == found["macs"]
+
+
+def test_json_of_compress_and_evaluate(run: Run):
+    result = run(f"{COMPRESS} --macs 0.5 --images 64 --json c.json")
+    assert result.code == 0
+    found = json.loads(Path("c.json").read_text())
+    for side in ("before", "after"):
+        assert {"macs", "params", "top1", "file_bytes", "latency_ms"} <= set(found[side])
+    assert found["requested"] == {"macs": 0.5}
+    assert set(found["achieved"]) == {"macs", "params"}
+    assert found["achieved"]["macs"] == found["after"]["macs"] / found["before"]["macs"] <= 0.5
+    assert [set(stage) for stage in found["stages"]] == [{"name", "top1", "seconds"}] * 3
+    assert [stage["name"] for stage in found["stages"]] == ["before", "surgery", "least-squares"]
+    assert found["stages"][-1]["top1"] == found["after"]["top1"]
+    assert found["self_check"]["passed"] is True
+    assert 0 <= found["self_check"]["max_relative_error"] <= 1e-9
+    assert found["after"]["file_bytes"] == Path("new/model.safetensors").stat().st_size
+    assert json.loads(Path("new/plan.json").read_text())["figures"] == found
+    assert run("evaluate new --data digits --json e.json").code == 0
+    found = json.loads(Path("e.json").read_text())
+    assert (set(found), found["images"]) == ({"top1", "top5", "images", "seconds"}, 355)
+    assert Path("e.json").stat().st_mode & 0o777 == Path("net.py").stat().st_mode & 0o777  # as the umask says
+    shutil.rmtree("new")
+
+
+def test_json_without_nan():
+    assert measurement._finite({"a": [1.0, float("nan")], "b": {"c": float("inf")}}) == {
+        "a": [1.0, None],
+        "b": {"c": None},
+    }
+
+
+def test_size_of_tensors_that_share_memory():
+    module = torch.nn.Linear(4, 4)
+    module.register_buffer("view", module.weight.data[:2])
+    plain = torch.nn.Linear(4, 4)
+    plain.register_buffer("view", torch.zeros(2, 4))
+    assert measurement.file_bytes(module) == measurement.file_bytes(plain)
+
+
+def test_nothing_to_remove_is_said(run: Run):
+    result = run(f"compress {DIGITS} --macs 1 {NO_IMAGES} -o whole")
+    assert result.code == 0
+    assert "warning: nothing was removed" in result.err
+
+
+# --------------------------------------------------------------------------------------------------------- what it says
+
+
+def test_help_and_version(run: Run):
+    nothing = run("")
+    assert (nothing.code, nothing.err) == (0, "")
+    assert run("--help").out == nothing.out
+    assert all(name in nothing.out for name in ("inspect", "compress", "evaluate", "demo", "Exit codes"))
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version").out)
+    for command in ("inspect", "compress", "evaluate", "demo"):
+        page = run(f"{command} --help")
+        assert (page.code, page.err) == (0, "")
+        assert max(map(len, page.out.splitlines())) <= 80
+
+
+def test_help_names_every_choice(run: Run):
+    page = " ".join(run("compress --help").out.replace("│", " ").split())
+    options = re.findall(r"--[a-z-]+", page)
+    for name in ("weights", "input", "num-classes", "model", "data", "mean", "std", "resize", "crop", "classes", "test",
+                 "limit", "macs", "params", "threshold", "criterion", "scope", "allocation", "round-to", "exclude",
+                 "images", "rounds", "seed", "tap", "window", "data-range", "rule", "who", "recover", "recover-images",
+                 "samples", "output", "json"):  # fmt: skip
+        assert f"--{name}" in options, name
+    assert "--empty-exclude" not in options
+    assert all(name in page for name in criteria())
+
+
+def test_choices_are_those_of_the_library():
+    method, qsfm = get_type_hints(cli.MethodArguments), get_type_hints(cli.QSFMArguments)
+    assert set(get_args(method["scope"])) == set(SCOPES)
+    assert set(get_args(get_args(method["allocation"])[0])) == set(ALLOCATIONS)
+    assert set(get_args(get_type_hints(cli.RecoveryArguments)["recover"])) == set(METHODS)
+    assert set(qsfm) == {field.name for field in dataclasses.fields(QSFMOptions)}
+
+
+def masked(text: str) -> str:
+    """Without what differs from machine to machine."""
+    text = re.sub(r"(?m)^((?:surgery|least-squares) +)\d.*$", r"\1(masked)", text)
+    text = re.sub(r"(?m)^(top-1 % +\S+|latency, ms) .*$", r"\1 (masked)", text)
+    text = re.sub(r"(?ms)^recovery: .*?\)$", "recovery: (masked)", text)
+    return re.sub(r"relative error \S+", "relative error #", text)
+
+
+@pytest.mark.parametrize("columns", [None, 60])
+def test_tables(run: Run, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None], columns: int | None):
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    suffix = f"-{columns}" if columns else ""
+    inspected = run(f"inspect {DIGITS} --data digits")
+    compressed = run(f"{COMPRESS}-table --macs 0.5 --params 0.6")
+    for name, result in (("inspect", inspected), ("compress", compressed)):
+        assert result.code == 0
+        assert "\x1b" not in result.out
+        assert max(map(len, result.out.splitlines())) <= (columns or 200)
+        golden(f"{name}{suffix}.txt", masked(result.out))
+
+
+def test_numbers_are_never_cut(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    result = run("inspect convpare:digits")
+    assert all(number in result.out for number in ("589,824", "64×64×3×3", "36,864"))
+
+
+def test_sentences_are_plain_text(capsys: pytest.CaptureFixture[str]):
+    terminal.show("[bold]:warning: 1 \\[x]")
+    terminal.warn("[red]x[/]")
+    terminal.fail("a [1, 2]")
+    captured = capsys.readouterr()
+    assert captured.out == "[bold]:warning: 1 \\[x]\n"
+    assert captured.err == "warning: [red]x[/]\nerror: a [1, 2]\n"
+
+
+def test_progress_in_logs():
+    file = io.StringIO()
+    lines = terminal._Lines(Console(file=file), first=0.15, later=60.0)
+    lines.tell("short", 0, 1)
+    lines.tell("long", 0, 10)
+    deadline = time.monotonic() + 10
+    while not file.getvalue() and time.monotonic() < deadline:
+        lines.tell("long", 3, 10)
+        time.sleep(0.01)
+    lines.stop()
+    assert file.getvalue() == "long 3/10\n"
+
+
+# --------------------------------------------------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize("where", ["cli.compress", "cli.measured", "artifact._write_record", "artifact._sync_folder"])
+def test_interrupted_compress_leaves_the_old_artifact(
+    run: Run, made: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    shutil.copytree(made, "kept")
+    before = tree(made.parent)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"convpare.{where}", interrupt)
+    result = run(f"compress {DIGITS} --macs 0.7 {NO_IMAGES} -o kept --json kept.json")
+    assert (result.code, result.out) == (130, "")
+    assert "error: interrupted" in result.err
+    assert tree(made.parent) == before
+    assert load_artifact("kept").plan == load_artifact(made).plan
+    shutil.rmtree("kept")
+
+
+def child(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from convpare.cli import main; main()", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment},
+    )
+
+
+def test_signal_to_a_process(made: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(made.parent)
+    shutil.copytree(made, "kept")
+    before = tree(made.parent)
+    process = child("compress", "net.py:Sleepy", "--data", "digits", "--macs", "0.5", "-o", "kept")
+    deadline = time.monotonic() + 60
+    while not Path("asleep").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    Path("asleep").unlink()
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "error: interrupted; nothing is half-written"
+    assert "Traceback" not in err
+    assert tree(made.parent) == before
+    shutil.rmtree("kept")
+
+
+def test_pipe_with_a_poor_encoding():
+    process = child("inspect", "convpare:digits", PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "2,415,744" in out
+    assert "\x1b" not in out + err
+
+
+def test_terminal_without_colour():
+    """Bars go to standard error and away; with NO_COLOR nothing is coloured."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from convpare.cli import main; main()", "inspect", "convpare:digits"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "xterm"},
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:
+            part = b""
+        if not part:
+            break
+        shown += part
+    assert process.stdout is not None
+    out = process.stdout.read()
+    assert process.wait(timeout=30) == 0
+    os.close(ours)
+    assert b"tracing" in shown
+    assert not re.search(rb"\x1b\[[0-9;]*m", shown)
+    assert b"\x1b" not in out
+
+
+# ------------------------------------------------------------------------------------------------------------ real data
+
+
+def test_real_images(run: Run, shared: Path):
+    weights = shared / "weights/mobilenet_v1_025-imagenet.safetensors"
+    model = f"convpare:mobilenet_v1_025 --weights {weights}"
+    data = f"--data {shared}/data/imagenet-calib --test {shared}/data/imagenet500"
+    line = (
+        f"compress {model} {data} --macs 0.8 --images 32 --limit 100 --recover batch-norm --recover-images 32 -o mobile"
+    )
+    result = run(f"{line} --json m.json")
+    assert result.code == 0
+    figures = json.loads(Path("m.json").read_text())
+    assert figures["before"]["top1"] > 40
+    assert figures["test_images"] == 100
+    result = run(f"evaluate mobile --data {shared}/data/imagenet500 --limit 100 --json m.json")
+    assert result.code == 0
+    assert json.loads(Path("m.json").read_text())["top1"] == figures["after"]["top1"]
