@@ -36,6 +36,7 @@ RESNET56 = (
 )
 MOBILENET = "convpare:mobilenet_v1_025 --weights {shared}/weights/mobilenet_v1_025-imagenet.safetensors"
 IMAGENET = "--test {shared}/data/imagenet500"
+HALVES = (("half", 0.5, ""), ("half-more", 0.5, " --recover-images 8192 --samples 256"), ("seventy", 0.7, ""))
 ARCHITECTURES = {
     "u-net": 0, "1-d": 0, "3-d": 0, "transposed": 0, "flatten-linear": 0, "torchvision:resnet18": 64,
     "torchvision:resnet50": 64, "torchvision:vgg11_bn": 64, "torchvision:densenet121": 64,
@@ -158,17 +159,16 @@ def accuracy() -> None:
         for seed in SEEDS:
             line = f"compress {RESNET56} --macs 0.5173 --params 0.421 --criterion {criterion} --seed {seed}"
             point(f"qsfm-point-{criterion}-{seed}", command(line))
-    for seed in SEEDS:
-        line = f"compress {RESNET56} --macs 0.5 --criterion reconstruction --seed {seed}"
-        point(f"half-{seed}", command(line))
-        point(f"half-more-{seed}", command(f"{line} --recover-images 8192 --samples 256"))
-        point(f"seventy-{seed}", command(line.replace("0.5", "0.7")))
     point("mobilenet-dense", command(f"evaluate {MOBILENET} --data {{shared}}/data/imagenet500"))
     for criterion in ("qsfm-ssim", "l2", "reconstruction"):
         line = (
             f"compress {MOBILENET} --data {{shared}}/data/imagenet-calib {IMAGENET} --macs 0.75 --criterion {criterion}"
         )
         point(f"mobilenet-{criterion}", command(line))
+    for name, macs, more in HALVES:
+        for seed in SEEDS:
+            line = f"compress {RESNET56} --macs {macs} --criterion reconstruction --seed {seed}{more}"
+            point(f"{name}-{seed}", command(line))
 
 
 def structure() -> None:

@@ -27,12 +27,12 @@ from convpare import artifact
 from convpare.artifact import is_artifact, load, load_artifact, save
 from convpare.blocks import ZeroPadShortcut, mobilenet_v1_025, resnet20
 from convpare.blocks.cifar import CifarResNet
+from convpare.data.preprocessing import Preprocessing
 from convpare.errors import ConvpareError
 from convpare.graph import mends, removed, trace
 from convpare.graph.mending import numbers, set_numbers
 from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan, RemoveChannels
-from convpare.data.preprocessing import Preprocessing
 from convpare.zoo import load_model
 
 torch.set_num_threads(1)

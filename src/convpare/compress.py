@@ -107,8 +107,7 @@ def compress(
     if recovery is not None and data is None:
         raise ConvpareError("recovery needs images: give data, or CompressOptions(recover=None)")
     tell = on_progress or (lambda *_: None)
-    clock = _Clock(model, data, options, tell)
-    clock.stage("before", model)
+    started = time.perf_counter()
     tell("tracing", 0, 1)
     graph = trace(model, example_inputs)
     excluded: tuple[str, ...] = ()
@@ -127,39 +126,38 @@ def compress(
                 raise
             excluded = (*excluded, *failed.groups)
     assert check is not None
-    clock.stage("surgery", small)
+    seconds = time.perf_counter() - started
+    tester = _Tester(data, options, tell)
+    stages = [tester.stage("before", model, 0.0), tester.stage("surgery", small, seconds)]
     recovered = None
     if recovery is not None and data is not None:
+        started = time.perf_counter()
         recovered = recover_with(
             small, model, data, options=recovery, on_progress=lambda done, total: tell("recovery", done, total)
         )
         small = recovered.model
-        clock.stage(recovered.method, small)
-    return Compression(small, made, check, tuple(clock.stages), recovered, excluded, clock.images)
+        stages.append(tester.stage(recovered.method, small, time.perf_counter() - started))
+    return Compression(small, made, check, tuple(stages), recovered, excluded, tester.images)
 
 
-class _Clock:
-    """Times the steps, and shows the test images after each."""
+class _Tester:
+    """Shows the labelled test images, if there are any, to the network after each step."""
 
-    def __init__(self, model: nn.Module, data: object, options: CompressOptions, tell: Progress) -> None:
+    def __init__(self, data: object, options: CompressOptions, tell: Progress) -> None:
         labelled = isinstance(data, Data) and data.test is not None and data.test.labelled
         self.test = data.test if isinstance(data, Data) and labelled else None
         self.limit, self.tell = options.test_limit, tell
-        self.stages: list[Stage] = []
         self.images = 0
-        self.started = time.perf_counter()
 
-    def stage(self, name: str, model: nn.Module) -> None:
-        seconds = time.perf_counter() - self.started
-        top1 = None
-        if self.test is not None:
-            found: Evaluation = evaluate(
-                model, self.test, limit=self.limit,
-                on_progress=lambda done, total: self.tell(f"accuracy {name}", done, total),
-            )  # fmt: skip
-            top1, self.images = found.top1, found.images
-        self.stages.append(Stage(name, top1, seconds if len(self.stages) else 0.0))
-        self.started = time.perf_counter()
+    def stage(self, name: str, model: nn.Module, seconds: float) -> Stage:
+        if self.test is None:
+            return Stage(name, None, seconds)
+        found: Evaluation = evaluate(
+            model, self.test, limit=self.limit,
+            on_progress=lambda done, total: self.tell(f"accuracy {name}", done, total),
+        )  # fmt: skip
+        self.images = found.images
+        return Stage(name, found.top1, seconds)
 
 
 def _side(cost: Cost, top1: float | None) -> dict[str, Any]:
