@@ -37,6 +37,9 @@ RESNET56 = (
 MOBILENET = "convpare:mobilenet_v1_025 --weights {shared}/weights/mobilenet_v1_025-imagenet.safetensors"
 IMAGENET = "--test {shared}/data/imagenet500"
 HALVES = (("half", 0.5, ""), ("half-more", 0.5, " --recover-images 8192 --samples 256"), ("seventy", 0.7, ""))
+LABELS = {
+    "half": "0.5 of the MACs", "half-more": "0.5, 8,192 images, 256 samples per unknown", "seventy": "0.7 of the MACs",
+}  # fmt: skip
 ARCHITECTURES = {
     "u-net": 0, "1-d": 0, "3-d": 0, "transposed": 0, "flatten-linear": 0, "torchvision:resnet18": 64,
     "torchvision:resnet50": 64, "torchvision:vgg11_bn": 64, "torchvision:densenet121": 64,
@@ -199,6 +202,7 @@ def accuracy_row(label: str, points: list[dict[str, Any]]) -> str:
     surgery, final = (spread([p["stages"][at]["top1"] for p in points]) for at in (1, -1))
     seconds = [f"{statistics.median(p['stages'][at]['seconds'] for p in points):.0f}" for at in (1, -1)]
     images = points[0]["recovery"]["images"]
+    label = f"{label} ({len(points)} seed{'s' * (len(points) > 1)})"
     return f"| {label} | {macs} | {params} | {surgery} | {final} | {images:,} | {seconds[0]} + {seconds[1]} |"
 
 
@@ -227,16 +231,12 @@ def tables() -> str:
     return (ROOT / "benchmarks" / "results.md").read_text().format(
         top1=dense["top1"], images=dense["images"], mobile_top1=mobile["top1"], mobile_top5=mobile["top5"], head=head,
         qsfm="\n".join(accuracy_row(c, seeds_of(f"qsfm-point-{c}")) for c in criteria),
-        half="\n".join((
-            accuracy_row("0.5 of the MACs", seeds_of("half")),
-            accuracy_row("0.5, 8,192 images, 256 samples", seeds_of("half-more")),
-            accuracy_row("0.7 of the MACs", seeds_of("seventy")),
-        )),
+        half="\n".join(accuracy_row(label, seeds_of(name)) for name, label in LABELS.items() if seeds_of(name)),
         mobile="\n".join(
             accuracy_row(c, [stored(f"mobilenet-{c}")[""]]) for c in ("qsfm-ssim", "l2", "reconstruction")
         ),
         commands="\n".join(p["command"] for p in (
-            dense, seeds_of("qsfm-point-qsfm-ssim")[0], seeds_of("half")[0], seeds_of("half-more")[0],
+            dense, seeds_of("qsfm-point-qsfm-ssim")[0], *(seeds_of(name)[0] for name in LABELS if seeds_of(name)),
             mobile, stored("mobilenet-reconstruction")[""],
         )),
         checked="\n".join(checked), timed="\n".join(timed),
@@ -257,5 +257,4 @@ if __name__ == "__main__":
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     for each in [part] if part else ["structure", "timing", "accuracy"]:
         {"accuracy": accuracy, "structure": structure, "timing": timing}[each]()
-    if part is None:
-        (ROOT / "docs" / "results" / "README.md").write_text(tables())
+    (ROOT / "docs" / "results" / "README.md").write_text(tables())

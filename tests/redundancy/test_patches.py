@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from convpare.redundancy.patches import Geometry, columns, draw_places, split_groups
+from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -105,3 +105,18 @@ def test_places():
     assert drawn.max() < 1000
     again = draw_places(1000, 0.25, torch.Generator().manual_seed(3))
     assert torch.equal(again, draw_places(1000, 0.25, torch.Generator().manual_seed(3)))
+
+
+def test_second_moments_survive_a_large_mean():
+    """Small directions beside a mean that carries nearly all the energy: in float32 alone they would be lost."""
+    x = 30 + torch.randn(1, 600, 900, generator=torch.Generator().manual_seed(0))
+    x[0, :300] = 1e-2 * x[0, :300].round()
+    exact = x.double() @ x.double().mT
+    got = second_moment(x)
+    assert got.dtype is torch.float64
+    assert torch.allclose(got, exact, rtol=1e-6, atol=0)
+    lowest = torch.linalg.eigvalsh(got[0] - exact[0]).abs().max() / 900
+    assert lowest < 2e-5
+    assert torch.linalg.eigvalsh((x @ x.mT)[0].double() - exact[0]).abs().max() / 900 > 10 * lowest
+    wide = torch.randn(3, 4, 50, dtype=torch.float64)
+    assert torch.allclose(second_moment(wide), wide @ wide.mT, rtol=1e-12)

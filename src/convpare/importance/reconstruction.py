@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Group, Layer
 from convpare.importance.registry import Context, Ranking, criterion
-from convpare.redundancy.patches import Geometry, columns, draw_places
+from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment
 from convpare.redundancy.taps import module_of, run
 
 RIDGE = 1e-4  # relative to the mean second moment
@@ -61,7 +61,7 @@ def _moments(model: nn.Module, layers: list[Layer], images: Tensor) -> dict[str,
         share = max(SAMPLES * unknowns, LEAST_SAMPLES) / (len(images) * total)
         seen = columns(x, geometry, draw_places(total, share, generator), layer.groups)
         seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
-        moment = seen.square().sum(2).double() if unknowns > WIDEST else (seen @ seen.mT).double()
+        moment = seen.square().sum(2).double() if unknowns > WIDEST else second_moment(seen)
         sums[layer.name] = sums[layer.name] + moment if counts[layer.name] else moment
         counts[layer.name] += seen.shape[2]
 
@@ -150,14 +150,16 @@ def _reader(context: Context, group: Group, layer: Layer, moment: Tensor) -> "_R
     energy = float(((weight @ moment) * weight).sum().clamp_min(1e-300))
     ridge = RIDGE * moment.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
     eye = torch.eye(moment.shape[1], dtype=torch.float64, device=weight.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + ridge[:, None, None] * eye))
-    return _Reader(weight.clone(), inverse, blocks, energy)
+    factor, failed = torch.linalg.cholesky_ex(moment + ridge[:, None, None] * eye)
+    if failed.any():
+        raise ConvpareError(f"the inputs of layer {layer.name!r} span too wide a range to be fitted; take l2")
+    return _Reader(weight.clone(), torch.cholesky_inverse(factor), blocks, energy)
 
 
 def _eliminate(context: Context, group: Group, readers: Sequence["_Reader | _WideReader"]) -> Ranking:
     """Drop the cheapest channels step by step until none is left, those that are gone already before all."""
     if not readers:
-        raise ConvpareError(f"no layer that could be fitted reads group {group.name!r}; use another criterion")
+        raise ConvpareError(f"no layer that could be fitted reads group {group.name!r}; exclude it, or take l2")
     gone = np.flatnonzero(~context.alive[group.units])
     order, costs = [torch.from_numpy(gone)], [torch.zeros(len(gone), dtype=torch.float64)]
     left = torch.from_numpy(np.flatnonzero(context.alive[group.units]))

@@ -25,7 +25,7 @@ from convpare.errors import ConvpareError
 from convpare.graph.structure import Graph, Layer
 from convpare.graph.trace import operator_name
 from convpare.recovery.lockstep import Run, check_aligned
-from convpare.redundancy.patches import Geometry, columns, draw_places, split_groups
+from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 TRANSPARENT = ("aten.dropout", "aten.dropout_", "aten.contiguous")
@@ -295,7 +295,7 @@ class _Problem:
         intercept = self.bias is not None or self.mean is not None
         centre = self.x.mean(2, keepdim=True) if intercept else torch.zeros_like(self.x[:, :, :1])
         x = self.x - centre
-        moment = (x @ x.mT).double() / x.shape[2]
+        moment = ((x @ x.mT).double() if intercept else second_moment(x)) / x.shape[2]
         ridge = options.ridge * moment.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
         eye = torch.eye(moment.shape[1], dtype=torch.float64, device=moment.device) * ridge[:, None, None]
         factor, failed = torch.linalg.cholesky_ex(moment + eye)

@@ -80,6 +80,18 @@ def split_groups(x: Tensor, groups: int) -> Tensor:
     return x.reshape(b, groups, channels // groups, p).permute(1, 2, 0, 3).flatten(2)
 
 
+def second_moment(x: Tensor) -> Tensor:
+    """x xᵀ of x (groups, unknowns, samples), in float64.
+
+    What varies is multiplied in the type of x and the mean apart: a large mean would drown small directions in rounding.
+    """
+    mean = x.mean(2, keepdim=True)
+    varying = x - mean
+    wide, rest = mean.double(), varying.sum(2, keepdim=True).double()
+    outer = wide @ (x.shape[2] * wide + rest).mT + rest @ wide.mT
+    return (varying @ varying.mT).double() + outer
+
+
 def draw_places(total: int, share: float, generator: torch.Generator) -> Tensor:
     """A random share of `total` flat positions, at least one, shape (p,)."""
     if share >= 1:
