@@ -83,7 +83,7 @@ def split_groups(x: Tensor, groups: int) -> Tensor:
 def second_moment(x: Tensor) -> Tensor:
     """x xᵀ of x (groups, unknowns, samples), in float64.
 
-    What varies is multiplied in the type of x and the mean apart: a large mean would drown small directions in rounding.
+    What varies is multiplied in the type of x, the mean apart: a large mean would drown small directions in rounding.
     """
     mean = x.mean(2, keepdim=True)
     varying = x - mean
