@@ -32,7 +32,7 @@ from convpare.planning.solver import (
 )
 
 METRICS = ("macs", "params")
-quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class Grouped(nn.Module):

@@ -13,8 +13,7 @@ from convpare.graph.structure import Graph, Group
 
 METRICS = ("macs", "params")
 REACH = 4  # levels up and down that an exchange tries
-GRAIN = 0.02  # share of the whole error from which on single levels matter
-WORTH = 1e-3  # share of the whole error that an exchange must gain
+GRAIN = 0.01  # share of the whole error from which on single levels matter
 
 
 class CostModel:
@@ -140,7 +139,7 @@ def allocate(allocation: Allocation) -> None:
     for prices in _prices(list(allocation.limits)):
         allocation.at[:] = 0
         _greedy(allocation, prices)
-        _fill(allocation, range(len(allocation.at)))
+        _fill(allocation)
         found.append((allocation.error, allocation.at.copy(), prices))
     _, allocation.at, prices = min(found, key=lambda plan: plan[0])
     if allocation.fits():
@@ -239,26 +238,30 @@ def _ratio(allocation: Allocation, g: int, target: int, prices: Mapping[str, flo
     return float((allocation.errors[g][target] - allocation.errors[g][now]) / max(useful, 1e-300))
 
 
-def _fill(allocation: Allocation, among: Iterable[int]) -> None:
-    """Give channels back to these groups, the largest error per cost first, until no single step fits any more."""
-    shrunk = {g for g in among if allocation.at[g]}
+def _fill(allocation: Allocation, pinned: int | None = None) -> None:
+    """Give channels back where they fit, the largest error per cost first, until no single step fits any more.
+
+    The group `pinned` comes last.
+    """
+    shrunk = set(np.flatnonzero(allocation.at).tolist()) - {pinned}
     while shrunk:
-        kept = allocation.kept
-        cost = allocation.model.cost(kept)
-        refunds = {g: _refund(allocation, g, kept, cost) for g in shrunk}
+        cost = allocation.model.cost(allocation.kept)
+        refunds = {g: _refund(allocation, g, cost) for g in shrunk}
         shrunk = {g for g, gain in refunds.items() if gain is not None}  # what does not fit now never will again
         if shrunk:
             g = max(shrunk, key=lambda g: refunds[g] or 0.0)
             allocation.at[g] -= 1
             if not allocation.at[g]:
                 shrunk.discard(g)
+    if pinned is not None:
+        _fill(allocation)
 
 
-def _refund(allocation: Allocation, g: int, kept: np.ndarray, cost: Mapping[str, float]) -> float | None:
+def _refund(allocation: Allocation, g: int, cost: Mapping[str, float]) -> float | None:
     """The error that one level more of `g` takes back per cost, or None where it does not fit."""
     now, up = allocation.at[g], allocation.at[g] - 1
     more = allocation.levels[g][up] - allocation.levels[g][now]
-    saved = allocation.model.saving(kept, g, -more)
+    saved = allocation.model.saving(allocation.kept, g, -more)
     if any(cost[m] - saved[m] > limit for m, limit in allocation.limits.items()):
         return None
     share = sum(-saved[m] / max(limit, 1) for m, limit in allocation.limits.items())
@@ -281,9 +284,8 @@ def _exchange(allocation: Allocation, prices: Mapping[str, float]) -> None:
                 allocation.at[g] = target
                 _greedy(allocation, prices, pinned=g)
                 if target != start[g] and allocation.fits():
-                    _fill(allocation, set(range(len(start))) - {g})
-                    _fill(allocation, [g])
-                    if allocation.error < least * (1 - WORTH):
+                    _fill(allocation, pinned=g)
+                    if allocation.error < least * (1 - 1e-9):
                         best, least, better = allocation.at.copy(), allocation.error, True
             allocation.at[:] = best
 
