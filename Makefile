@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.convpare-ready
 
-.PHONY: demo test lint setup results lock clean
+.PHONY: demo test lint setup results zoo fuzz lock clean
 
 demo: $(STAMP)
 	$(BIN)/convpare demo
@@ -30,6 +30,14 @@ $(STAMP): constraints.txt requirements-nodeps.txt pyproject.toml
 # The published figures, from the real data in CONVPARE_SHARED; every point is stored as it comes (docs/results).
 results: $(STAMP)
 	$(BIN)/python benchmarks/results.py
+
+# Every convolutional model of torchvision and timm; a second run goes on where the first stopped (docs/results/zoo.json).
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py $(ARGS)
+
+# Thousands of random networks, in both forms.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/graph/fuzz.py --graphs 3000 $(ARGS)
 
 lock: $(STAMP)
 	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(torchvision|timm)==' | sed 's/+cpu//'; } > constraints.new

@@ -40,6 +40,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -59,6 +60,33 @@ class Net(nn.Module):
 class Branch(Net):
     def forward(self, x):
         y = super().forward(x)
+        return y if y.sum() > 0 else -y
+
+
+class Written(Net):
+    def forward(self, x):
+        x = self.norm(self.a(x)).view(len(x), 2, 8, 8, 8).flatten(1, 2)
+        return self.fc(torch.cat([x[:, :6], self.b(x)[:, :10]], 1).mean((2, 3)))
+
+
+class Layered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(1, 16, 3), nn.LayerNorm(16)
+        self.b, self.fc = nn.Conv2d(16, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.norm(self.a(x).movedim(1, -1)).movedim(-1, 1)
+        return self.fc(self.b(x).flatten(2).amax(2))
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.ones(4, 1, 3, 3))
+
+    def forward(self, x):
+        y = F.conv2d(x, self.kernel)
         return y if y.sum() > 0 else -y
 
 
@@ -301,8 +329,9 @@ WRONG_MODELS = {
     "inspect net.py:number": "number is a int; it must be a function or a class",
     "inspect net.py:make": "shape of the model's input is not known: give --input",
     "inspect net.py:with_nan --input 1,1,8,8": "'fc.weight' of net.py:with_nan holds NaN",
-    "inspect net.py:Branch --input 1,1,8,8": "Branch runs on inputs .* but torch.export cannot capture it",
-    "compress net.py:Branch --data digits --macs 0.5 -o new": "torch.export cannot capture it",
+    "inspect net.py:Bare --input 1,1,8,8": "Bare runs on inputs .* but torch.export cannot capture it.*submodules",
+    "compress net.py:Bare --data digits --macs 0.5 -o new": "torch.export cannot capture it",
+    "compress net.py:Branch --data digits --macs 0.5 --form graph -o new": "torch.export cannot capture it",
     "inspect convpare:digits --input 1,3,8,8": r"does not run on inputs of shape \(1, 3, 8, 8\).*--input",
     "inspect convpare:digits --input 1,1,8": r"does not run on inputs of shape \(1, 1, 8\)",
     "inspect convpare:digits --input 1,1,1,8,8": r"does not run on inputs of shape \(1, 1, 1, 8, 8\)",
@@ -619,9 +648,51 @@ def test_json_of_inspect(run: Run):
     found = json.loads(Path("i.json").read_text())
     assert {"model", "inputs", "layers", "groups", "frozen", "macs", "params", "activations"} <= set(found)
     assert set(found["layers"][0]) == {"name", "kind", "weight", "macs", "params", "activations"}
-    assert set(found["groups"][0]) == {"name", "channels", "producers", "consumers", "similar"}
+    assert set(found["groups"][0]) == {"name", "channels", "producers", "consumers", "similar", "inexact"}
+    assert found["prunable_share"] == {"module": 1.0, "module_marked": 1.0}
+    assert found["parts"] == []
     assert found["frozen"] == [{"layer": "fc", "channels": 10, "reason": "the model's output"}]
     assert sum(layer["macs"] for layer in found["layers"]) == found["macs"]
+
+
+def test_what_cannot_be_captured_as_a_whole(run: Run):
+    result = run("inspect net.py:Branch --input 1,1,8,8")
+    assert result.code == 0
+    assert "captured in parts (a, norm, b, fc); what runs between them is left as it is" in result.out
+    assert "no channel can be removed" in result.out
+    assert "0.0 % of the MACs" in result.out
+
+
+def test_the_graph_form_needs_no_code(run: Run):
+    inspected = run("inspect net.py:Written --input 1,1,8,8")
+    assert "takes a number from its forward that does not follow them" in inspected.out
+    assert re.search(r"0\.0 % of the MACs .* exactly, 100\.0 % in the graph form \(--form graph\)", inspected.out)
+    result = run("compress net.py:Written --data digits --macs 0.6 --criterion l2 -o new")
+    assert result.code == 1
+    assert "nothing in Written can be removed" in result.err
+    assert "--form graph" in result.err
+    made = run("compress net.py:Written --data digits --macs 0.6 --criterion l2 --form graph --json c.json -o new")
+    assert made.code == 0, made.err
+    assert "graph form" in made.out
+    told = json.loads(Path("c.json").read_text())
+    assert told["form"] == "graph"
+    assert told["achieved"]["macs"] <= 0.6
+    Path("net.py").rename("gone.py")
+    evaluated = run("evaluate new --data digits --json e.json")
+    Path("gone.py").rename("net.py")
+    assert evaluated.code == 0
+    assert json.loads(Path("e.json").read_text())["top1"] == told["after"]["top1"]
+
+
+def test_marked_groups_stay_unless_asked_for(run: Run):
+    inspected = run("inspect net.py:Layered --input 1,1,8,8")
+    assert "layer_norm in norm normalises over them" in inspected.out
+    refused = run("compress net.py:Layered --data digits --macs 0.2 --criterion l2 --scope all -o new")
+    assert refused.code == 1
+    assert "--inexact" in refused.err
+    made = run("compress net.py:Layered --data digits --macs 0.2 --criterion l2 --scope all --inexact -o new")
+    assert made.code == 0, made.err
+    assert "groups that by nature change the others are not part of it (1)" in made.out
 
 
 def test_json_of_compress_and_evaluate(run: Run):

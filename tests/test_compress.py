@@ -1,6 +1,7 @@
 """The whole job: what is reported is what was done, what fails stays whole, and labels serve for accuracy alone."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from convpare.data import Data, ImageSet, Preprocessing
 from convpare.data.splits import ArrayPixels, Split
 from convpare.errors import ConvpareError
 from convpare.evaluation import evaluate
+from convpare.graph.grouping import assemble
 from convpare.graph.rules import RULES
 from convpare.planning.cost import count
 from convpare.planning.planner import PlanOptions
@@ -72,8 +74,8 @@ def test_json():
     done = compress(digits(), X, data(), macs=0.6, params=0.7, criterion="l2", options=FAST)
     told = json.loads(json.dumps(done.to_json(), allow_nan=False))
     assert set(told) == {
-        "model", "criterion", "options", "requested", "achieved", "before", "after", "stages", "self_check", "recovery",
-        "excluded", "test_images",
+        "model", "form", "criterion", "options", "requested", "achieved", "before", "after", "stages", "self_check",
+        "recovery", "excluded", "test_images",
     }  # fmt: skip
     assert told["model"] == "DigitsNet"
     assert told["criterion"] == "l2"
@@ -151,7 +153,7 @@ def test_groups_that_fail_stay_whole(monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     model = Flipped().eval()
     sound = compressed(model, macs=0.6)
-    assert {e.group for e in sound.plan.edits} == {"a"}
+    assert {e.group for e in sound.plan.edits} == {"a", "b"}
     assert sound.excluded == ()
     monkeypatch.setitem(RULES, "aten.flip", lambda t, x, dims: x)
     done = compressed(model, macs=0.6)
@@ -182,7 +184,8 @@ class Together(nn.Module):
         return self.fc(y.mean((2, 3)))
 
 
-def test_what_fails_only_together_is_an_error():
+def test_what_fails_only_together_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["convpare.graph.trace"], "settled", lambda _, record: assemble(record))
     with pytest.raises(FailedCheck, match="no single edit"):
         compressed(Together().eval(), macs=0.6)
 

@@ -1,13 +1,15 @@
 """Carry a plan out: surgery on a copy, and the proof that it was right."""
 
 import copy
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from convpare.errors import ConvpareError
 from convpare.graph.check import SelfCheck, culprits, self_check
-from convpare.graph.structure import Graph
+from convpare.graph.structure import Form, Graph
 from convpare.graph.surgery import removed
 from convpare.graph.trace import trace
 from convpare.planning.plan import Plan
@@ -25,52 +27,84 @@ class FailedCheck(ConvpareError):  # noqa: N818 - what failed is the check
         )
 
 
-def apply(model: nn.Module, plan: Plan, *, graph: Graph | None = None, check: bool = True) -> nn.Module:
-    """A new module of the same class without the channels that `plan` removes; the given one is untouched.
+def apply(
+    model: nn.Module, plan: Plan, *, form: Form | None = None, graph: Graph | None = None, check: bool = True
+) -> nn.Module:
+    """A new module without the channels that `plan` removes; the given one is untouched.
 
     The plan travels with the result (`plan_of`), so that it can be recovered and saved.
 
     Args:
-        graph: the trace of `model`, if it is at hand; else the model is traced on inputs of the plan's shapes.
+        form: "module": the same class with its own forward; "graph": the captured graph with its numbers rewritten, a
+            module that needs no other code. By default the form that the plan was made for; a plan for the module form
+            can be carried out in the graph form, too.
+        graph: the trace of `model` in the plan's form, if it is at hand; else the model is traced on inputs of the
+            plan's shapes.
         check: prove zeroed == removed in float64.
 
     Raises:
         FailedCheck: the proof failed; it names the edits.
-        ConvpareError: the plan was not made for this model.
+        ConvpareError: the plan was not made for this model, or for the graph form where the module form is wanted.
     """
-    small, _ = carry_out(model, plan, graph=graph, check=check)
+    small, _ = carry_out(model, plan, form=form, graph=graph, check=check)
     return small
 
 
 def carry_out(
-    model: nn.Module, plan: Plan, *, graph: Graph | None = None, check: bool = True
+    model: nn.Module, plan: Plan, *, form: Form | None = None, graph: Graph | None = None, check: bool = True
 ) -> tuple[nn.Module, SelfCheck | None]:
     """As `apply`, with the self-check's result."""
     graph = graph_for(model, plan) if graph is None else graph
     keep = plan.keep(graph)
+    if form not in (None, plan.form):
+        if form != "graph":
+            raise ConvpareError(f"the plan was made for the {plan.form} form; it cannot be carried out as {form!r}")
+        graph, keep = _as_graph(graph, keep, trace(model, example_inputs(model, plan), form="graph"))
     result = self_check(model, graph, keep) if check else None
     if result is not None and not result.passed:
         raise FailedCheck(result, tuple(group.name for group in culprits(model, graph, keep)))
     small = removed(model, graph, keep)
-    small.__dict__["_convpare_plan"] = plan
+    _notes(small)["_convpare_plan"] = plan
     return small, result
 
 
+def _as_graph(module: Graph, keep: np.ndarray, graph: Graph) -> tuple[Graph, np.ndarray]:
+    """The same removal in the graph form, whose channels are coupled to no more than those of the module form."""
+    wanted = graph.keep_all()
+    for axis, units in module.units.items():
+        gone = graph.units.get(axis, np.full(len(units), -1))[(units >= 0) & ~keep[units]]
+        if (gone < 0).any():
+            raise ConvpareError(
+                f"the graph form of {module.model} cannot lose the channels of {axis[0]} that the plan removes"
+            )
+        wanted[gone] = False
+    return graph, wanted
+
+
 def graph_for(model: nn.Module, plan: Plan) -> Graph:
-    """The trace of `model` on inputs of the shapes that the plan was made for."""
+    """The trace of `model` on inputs of the shapes, and in the form, that the plan was made for."""
+    return trace(model, example_inputs(model, plan), form=plan.form)
+
+
+def example_inputs(model: nn.Module, plan: Plan) -> tuple[Tensor, ...]:
+    """Zeros of the shapes that the plan was made for."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
-    inputs = tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in plan.inputs)
-    return trace(model, inputs)
+    return tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in plan.inputs)
 
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan that `apply` carried out on this module, or on the one that it is a copy of."""
-    found = model.__dict__.get("_convpare_plan")
+    found = _notes(model).get("_convpare_plan")
     return found if isinstance(found, Plan) else None
 
 
 def with_plan(model: nn.Module, plan: Plan | None) -> nn.Module:
     """The same module with a plan of its own, as a saved one has."""
     if plan is not None:
-        model.__dict__["_convpare_plan"] = copy.copy(plan)
+        _notes(model)["_convpare_plan"] = copy.copy(plan)
     return model
+
+
+def _notes(model: nn.Module) -> dict[str, Any]:
+    """Where a module keeps what its copies shall know, too."""
+    return model.meta if isinstance(model, fx.GraphModule) else model.__dict__

@@ -1,7 +1,8 @@
 """A model on disk: a folder of weights (safetensors) and a record of how to rebuild it (JSON). Nothing is unpickled.
 
     DIR/model.safetensors   all parameters and buffers, tied ones once
-    DIR/plan.json           class, spec, numbers and shapes of the model, plan, preprocessing, figures, checksums
+    DIR/plan.json           class, spec, numbers and shapes of the model, plan, preprocessing, figures, checksums; of a
+                            graph form the graph itself, so that it loads without the code that it was captured from
 
 A folder is replaced so that a kill at any moment leaves the old artifact or the new one, complete. The new one is
 written and synced in a hidden sibling, `.DIR.convpare-…`. On Linux the two are then exchanged in one step. Where the
@@ -28,14 +29,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from convpare import __version__
 from convpare.data.preprocessing import Preprocessing
 from convpare.errors import ConvpareError
+from convpare.graph import portable
 from convpare.graph.mending import numbers, set_numbers
-from convpare.graph.surgery import BATCH_NORMS
+from convpare.graph.sync import BATCH_NORMS, sync_attributes
 from convpare.planning.plan import Plan
 from convpare.zoo import is_builtin, load_model
 
@@ -139,7 +141,7 @@ def load_artifact(directory: str | Path, factory: Factory | None = None) -> Arti
     Args:
         directory: the folder.
         factory: builds a new, unpruned model of the class that was saved, with any weights; needed unless the artifact
-            names a builtin model. Its devices and `requires_grad` stay, types are as saved.
+            names a builtin model or holds a graph form. Its devices and `requires_grad` stay, types are as saved.
 
     Raises:
         ConvpareError: there is no artifact, it is damaged or was written by a newer convpare, a factory is needed, or
@@ -153,6 +155,9 @@ def load_artifact(directory: str | Path, factory: Factory | None = None) -> Arti
     try:
         _set_all_numbers(module, record)
         _fill(module, tensors, record.aliases)
+        if record.graph is not None:
+            for part in module.modules():
+                sync_attributes(part)
         _check_shapes(module)
     except ConvpareError as error:
         raise ConvpareError(f"the artifact {directory} does not fit this {type(module).__name__}: {error}") from error
@@ -194,9 +199,11 @@ def _encode(model: nn.Module, spec: str | None) -> tuple[bytes, dict[str, Any]]:
         weights = safetensors.save(stored)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ConvpareError(f"the model cannot be stored as safetensors ({type(error).__name__}: {error}).") from error
-    found = {name: numbers(module) for name, module in model.named_modules()}
+    graph = portable.to_json(model) if isinstance(model, fx.GraphModule) else None
+    found = {} if graph else {name: numbers(module) for name, module in model.named_modules()}
     return weights, {
         "model": {"spec": spec, "class": type(model).__name__},
+        "graph": graph,
         "numbers": {name: values for name, values in found.items() if values},
         "tensors": {name: {"shape": list(x.shape), "dtype": _dtype(x)} for name, x in stored.items()},
         "aliases": aliases,
@@ -218,6 +225,11 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _build(record: "_Record", factory: Factory | None, directory: str) -> nn.Module:
+    if record.graph is not None:
+        try:
+            return portable.from_json(record.graph)
+        except ConvpareError as error:
+            raise ConvpareError(f"the artifact {directory} cannot be used: {error}.") from error
     if factory is None and (record.spec is None or not is_builtin(record.spec)):
         origin = "of an unnamed factory" if record.spec is None else f"of the factory {record.spec!r}, not run unasked"
         raise ConvpareError(
@@ -316,6 +328,7 @@ class _Record:
 
     spec: str | None
     kind: str
+    graph: Mapping[str, Any] | None
     numbers: Mapping[str, Mapping[str, object]]
     tensors: Mapping[str, tuple[tuple[int, ...], str]]
     aliases: Mapping[str, str]
@@ -398,6 +411,7 @@ def _checked(record: dict[str, Any]) -> _Record:
     return _Record(
         spec=_get(model, "spec", str, None),
         kind=_get(model, "class", str),
+        graph=_get(record, "graph", dict, None) if "graph" in record else None,
         numbers={name: _get(found, name, dict) for name in found},
         tensors={name: _shape_and_dtype(_get(tensors, name, dict)) for name in tensors},
         aliases=aliases,

@@ -64,6 +64,14 @@ _Model = Annotated[
         "artifact"
     ),
 ]
+_FormArgument = Annotated[
+    Literal["module", "graph"],
+    Parameter(
+        group=_METHOD,
+        help="module: the model's own class and forward; graph: the captured graph with its numbers rewritten, which "
+        "loads without the model's code",
+    ),
+]
 _Json = Annotated[
     Path | None, Parameter(name="--json", group=_RESULT, help="write everything that was found to this file, as JSON")
 ]
@@ -208,6 +216,7 @@ class MethodArguments:
         allocation: how a budget is spread over the groups; default: what suits the criterion
         round_to: layers keep multiples of this many channels
         exclude: groups that stay whole, with commas between; `convpare inspect` shows their names
+        inexact: take marked groups, too, whose removal by nature changes the others
         images: calibration images that the criterion looks at
         rounds: remove in so many steps, looking again before each
         seed: of the choice of images
@@ -218,6 +227,8 @@ class MethodArguments:
     allocation: Literal["uniform", "global"] | None = None
     round_to: _Count = 1
     exclude: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = ()
+    inexact: Annotated[bool, Parameter(negative="", show_default=False)] = False
+    form: _FormArgument = "module"
     images: _Count = 256
     rounds: _Count = 1
     seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))] = 0
@@ -226,8 +237,9 @@ class MethodArguments:
         get_criterion(self.criterion)
         exclude = tuple(name.strip() for text in self.exclude for name in text.split(",") if name.strip())
         return PlanOptions(
-            scope=self.scope, allocation=self.allocation, round_to=self.round_to, exclude=exclude, images=self.images,
-            rounds=self.rounds, threshold=threshold, seed=self.seed, criterion_options=criterion_options,
+            scope=self.scope, allocation=self.allocation, round_to=self.round_to, exclude=exclude,
+            inexact=self.inexact, images=self.images, rounds=self.rounds, threshold=threshold, seed=self.seed,
+            criterion_options=criterion_options,
         )  # fmt: skip
 
 
@@ -308,6 +320,7 @@ def inspect_command(
     which: TracedModelArguments = TracedModelArguments(),
     data: DataArguments = DataArguments(),
     images: Annotated[_Count, Parameter(group=_IMAGES, help="images that similarity is measured on")] = 256,
+    form: _FormArgument = "module",
     json_file: _Json = None,
 ) -> None:
     """What is coupled to what, what each layer costs, what cannot go and why; with --data, how similar channels are."""
@@ -317,7 +330,9 @@ def inspect_command(
     with terminal.progress() as tell:
         opened = _open(model, which, tell, structure_only=data.data is None)
         shown = _data(data, opened, tell)
-        found = inspect(opened.module, _example(shape, opened, shown), shown, images=images, on_progress=tell)
+        found = inspect(
+            opened.module, _example(shape, opened, shown), shown, images=images, form=form, on_progress=tell
+        )
     _write_json(json_file, found.to_json())
     terminal.show_inspection(found)
 
@@ -340,7 +355,7 @@ def compress_command(
         arguments.check()
     shape = which.shape
     plan = method.options(budget.threshold, qsfm.options(method.criterion))
-    options = CompressOptions(plan, recovery.options(method.seed), data.limit)
+    options = CompressOptions(plan, recovery.options(method.seed), data.limit, method.form)
     _check_needs(data, method.criterion, recovery.recover)
     with terminal.progress() as tell:
         opened = _open(model, which, tell)

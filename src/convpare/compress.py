@@ -13,6 +13,7 @@ from convpare.errors import ConvpareError
 from convpare.evaluation import Evaluation, evaluate
 from convpare.graph.capture import Inputs
 from convpare.graph.check import SelfCheck
+from convpare.graph.structure import Form
 from convpare.graph.trace import trace
 from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan
@@ -40,7 +41,7 @@ class Compression:
     """A compressed network and everything that was measured on the way.
 
     Attributes:
-        model: the result; a new module of the given one's class.
+        model: the result; a new module of the given one's class, or in the graph form one of its own.
         plan: what was removed, for which budget.
         check: zeroed == removed.
         stages: accuracy at the start, after surgery and after recovery.
@@ -61,6 +62,7 @@ class Compression:
         first, last = self.stages[0].top1, self.stages[-1].top1
         return {
             "model": self.plan.model,
+            "form": self.plan.form,
             "criterion": self.plan.criterion,
             "options": dict(self.plan.options),
             "requested": dict(self.plan.requested),
@@ -77,11 +79,19 @@ class Compression:
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """Options of the steps: of the plan, of recovery (None: none), and how many test images to show (None: all)."""
+    """Options of the steps.
+
+    Attributes:
+        plan: of the plan.
+        recover: of recovery; None: none.
+        test_limit: how many test images to show; None: all.
+        form: "module" or "graph", see `apply`.
+    """
 
     plan: PlanOptions = field(default_factory=PlanOptions)
     recover: RecoverOptions | None = field(default_factory=RecoverOptions)
     test_limit: int | None = None
+    form: Form = "module"
 
 
 def compress(
@@ -109,7 +119,7 @@ def compress(
     tell = on_progress or (lambda *_: None)
     started = time.perf_counter()
     tell("tracing", 0, 1)
-    graph = trace(model, example_inputs)
+    graph = trace(model, example_inputs, form=options.form)
     excluded: tuple[str, ...] = ()
     while True:
         tell("planning", 0, 1)

@@ -24,7 +24,9 @@ _WIDTH = 120  # of tables in files and pipes, unless COLUMNS says otherwise
 _NARROW = 80
 _NARROWEST = 60  # below, numbers would be cut off; lines that break are better
 _LEFT = frozenset({"kind", "weight", "made by", "read by", "because of", "removed"})
-_NAMES = frozenset({"layer", "group", "channels that stay", "made by", "read by", "because of"})  # give way
+_NAMES = frozenset(
+    {"layer", "group", "channels that stay", "marked groups", "made by", "read by", "because of"}
+)  # give way
 
 Tell = Callable[[str, int, int], None]
 
@@ -114,8 +116,14 @@ def show_inspection(found: Inspection) -> None:
         )
     if graph.frozen:
         _show_table(_frozen(found, comma))
+    if any(group.inexact for group in graph.groups):
+        _show_table(_marked(found, comma))
+        show("marked groups stay whole unless --inexact is given: without some of their channels the others change\n")
     if graph.not_counted:
         show("not counted in MACs: " + ", ".join(f"{name} ×{n}" for name, n in graph.not_counted.items()))
+    if graph.parts:
+        names = list(dict.fromkeys(call.name for call in graph.parts))
+        show(f"captured in parts ({', '.join(names)}); what runs between them is left as it is")
     if graph.unreached:
         show("not reached in evaluation mode (left as they are): " + ", ".join(graph.unreached))
     show(
@@ -124,13 +132,15 @@ def show_inspection(found: Inspection) -> None:
     )
     groups = "1 group" if len(graph.groups) == 1 else f"{len(graph.groups)} groups"
     show(f"{graph.channels:,} channels in {groups} can be removed" if graph.groups else "no channel can be removed")
+    show(f"{100 * found.prunable:.1f} % of the MACs hang on channels that can be removed exactly" + _elsewhere(found))
 
 
 def show_compression(done: Compression, figures: Measured, output: Path, note: str | None) -> None:
     """The plan, the stages, and before beside after. `note`: how the images were split, if there were any."""
     plan = done.plan
     scope = f", scope {plan.options['scope']}" if "scope" in plan.options else ""
-    show(f"plan for {plan.model} on {_shapes(plan.inputs)}, criterion {plan.criterion}{scope}\n")
+    form = ", graph form" if plan.form == "graph" else ""
+    show(f"plan for {plan.model} on {_shapes(plan.inputs)}, criterion {plan.criterion}{scope}{form}\n")
     if plan.edits:
         _show_table(_removals(plan))
     _show_table(_stages(done))
@@ -181,6 +191,20 @@ def _frozen(found: Inspection, comma: str) -> Table:
         names = _names(tuple(row.layer for row in rows), comma)
         table.add_row(names, f"{sum(row.channels for row in rows):,}", escape(reason))
     return table
+
+
+def _marked(found: Inspection, comma: str) -> Table:
+    """Groups whose removal by nature changes the others, one row a reason."""
+    table = _table("marked groups", "channels", "because of")
+    for reason in dict.fromkeys(group.inexact for group in found.graph.groups if group.inexact):
+        groups = [group for group in found.graph.groups if group.inexact == reason]
+        names = _names(tuple(group.name for group in groups), comma)
+        table.add_row(names, f"{sum(group.channels for group in groups):,}", escape(str(reason)))
+    return table
+
+
+def _elsewhere(found: Inspection) -> str:
+    return "" if found.graph_form is None else f", {100 * found.graph_form:.1f} % in the graph form (--form graph)"
 
 
 def _removals(plan: Plan) -> Table:

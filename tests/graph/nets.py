@@ -360,7 +360,7 @@ class PlainTensor(nn.Module):
         return self.last(shuffle(self, self.first(x) * self.half.to(x)))  # type: ignore[arg-type]
 
 
-def attention() -> nn.Module:
+def torch_attention() -> nn.Module:
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.first(x).flatten(2).transpose(1, 2)
         return net.last(y + net.mix(y, y, y, need_weights=False)[0])
@@ -375,3 +375,94 @@ def weight_norm() -> nn.Module:
 
     inner = nn.utils.parametrizations.weight_norm(conv(8, 12, 3))
     return Net(forward, first=conv(3, 8), inner=inner, last=conv(12, 4))
+
+
+class StandardisedConv(nn.Conv2d):
+    """A convolution whose kernels have mean 0 and variance 1 for every output channel, times a gain."""
+
+    def __init__(self, *args: int, gain_first: bool = False, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+        self.gain_first = gain_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = (1, 2, 3)
+        centred = self.weight - self.weight.mean(axes, keepdim=True)
+        kernel = centred / (self.weight.var(axes, unbiased=False, keepdim=True) + 1e-4).sqrt()
+        kernel = self.gain * kernel if self.gain_first else kernel * self.gain
+        return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Attention(nn.Module):
+    """Self-attention with heads, as vision transformers write it: (B, tokens, channels) to the same."""
+
+    def __init__(self, channels: int, heads: int, how: str = "matmul", scale: float | None = 0.4) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.how, self.scale = heads, channels // heads, how, scale
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(b, n, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, tokens, channels of a head)."""
+        if self.how == "fused":
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        if self.how == "einsum":
+            weights = torch.einsum("bhnd,bhmd->bhnm", q * self.scale, k).softmax(-1)
+            return torch.einsum("bhnm,bhmd->bhnd", weights, v)
+        if self.how == "scaled by the width":
+            return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        if self.how == "cosine":
+            weights = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) / 0.1).softmax(-1)
+            return weights @ v
+        return ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+class BiasedAttention(Attention):
+    """With a table of biases by relative position, one column for each head."""
+
+    def __init__(self, channels: int, heads: int, tokens: int) -> None:
+        super().__init__(channels, heads)
+        self.table = nn.Parameter(torch.randn(2 * tokens - 1, heads))
+        place = torch.arange(tokens)
+        self.register_buffer("positions", place[:, None] - place[None] + tokens - 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = q.shape[2]
+        bias = self.table[self.positions.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
+        return (q @ k.transpose(-2, -1) * self.scale + bias.unsqueeze(0)).softmax(-1) @ v
+
+
+class SharedKeys(nn.Module):
+    """Attention in which several heads of queries share one of keys and values."""
+
+    def __init__(self, channels: int, heads: int, shared: int, how: str = "repeat_interleave") -> None:
+        super().__init__()
+        self.heads, self.shared, self.how = heads, shared, how
+        width = channels // heads * shared
+        self.q, self.k, self.v = nn.Linear(channels, channels), nn.Linear(channels, width), nn.Linear(channels, width)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, self.heads, -1).transpose(1, 2)
+        k, v = (layer(x).view(b, n, self.shared, -1).transpose(1, 2) for layer in (self.k, self.v))
+        times = self.heads // self.shared
+        if self.how == "enable_gqa":
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1))
+        return self.proj(y.transpose(1, 2).reshape(b, n, -1))
+
+
+def tokens(attention: nn.Module, channels: int) -> nn.Module:
+    """A stem of `channels` channels and 16 tokens (of 8 × 8 pictures), `attention` around it, a linear head."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.stem(x).flatten(2).transpose(1, 2)
+        return net.head((y + net.attention(y)).mean(1))
+
+    return Net(forward, stem=conv(3, channels, 2, stride=2), attention=attention, head=nn.Linear(channels, 3))

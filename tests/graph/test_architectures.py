@@ -6,12 +6,13 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import OUTPUT, assert_exact, random_keep
+from checks import FOLLOWS_NOT, OUTPUT, assert_exact, random_keep
 from torch import nn
 
 from convpare.blocks.cifar import resnet20
 from convpare.blocks.mobilenet import mobilenet_v1_025
 from convpare.graph import Graph, removed, trace
+from convpare.graph.structure import FORMS, Form
 
 torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
 
@@ -39,7 +40,7 @@ TORCHVISION = {
     "mobilenet_v2": (32, 53, 25, 9128),
     "mobilenet_v3_small": (32, 54, 27, 4872),
     "efficientnet_b0": (32, 82, 40, 11404),
-    "shufflenet_v2_x1_0": (32, 57, 20, 3166),
+    "shufflenet_v2_x1_0": (32, 57, 21, 3167),
     "resnext50_32x4d": (32, 54, 37, 4376),
     "googlenet": (64, 58, 57, 7280),
     "inception_v3": (75, 95, 94, 17216),
@@ -63,21 +64,145 @@ def build_torchvision(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision(name: str):
     side, layers, groups, channels = TORCHVISION[name]
-    graph = assert_exact(lambda: build_torchvision(name), [(1, 3, side, side)])
+    graph = assert_exact(lambda: build_torchvision(name), [(1, 3, side, side)], (0,))
     assert (len(graph.layers), len(graph.groups), graph.channels) == (layers, groups, channels)
-    if name == "shufflenet_v2_x1_0":  # eight shuffles in a row couple the whole stream of the third stage
-        assert prunable_share(graph) == pytest.approx(0.842, abs=1e-3)
-    else:
-        assert reasons(graph) == set()
-        assert prunable_share(graph) == 1.0
+    assert reasons(graph) == set()
+    assert prunable_share(graph) == 1.0
     auxiliary = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}.get(name, ())
     assert {unreached.split(".")[0] for unreached in graph.unreached} == set(auxiliary)
 
 
+def shallow(name: str) -> nn.Module:
+    """The same architectures with fewer layers where there are many alike."""
+    models = torchvision.models
+    if name == "densenet121":
+        return models.DenseNet(8, (2, 3, 2), 16, num_classes=10)
+    if name == "resnext50_32x4d":
+        return models.ResNet(models.resnet.Bottleneck, [1, 2, 1, 1], 10, groups=32, width_per_group=4)
+    if name == "vgg11_bn":
+        vgg = models.VGG(models.vgg.make_layers([16, "M", 24, "M", 32, 32, "M"], batch_norm=True), num_classes=10)
+        vgg.classifier = nn.Sequential(nn.Linear(32 * 7 * 7, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10))
+        return vgg
+    return build_torchvision(name)
+
+
+# name → layers, groups, removable channels of the graph form
+SHALLOW = {
+    **{name: numbers[1:] for name, numbers in TORCHVISION.items()},
+    "densenet121": (18, 17, 16 + 7 * (32 + 8) + 16 + 20),
+    "resnext50_32x4d": (21, 15, 64 + 256 + 512 + 1024 + 2048 + 2 * (4 + 2 * 8 + 16 + 32)),
+    "vgg11_bn": (6, 5, 16 + 24 + 32 + 32 + 16),
+    "shufflenet_v2_x1_0": (57, 90, 5630),  # shuffled one by one, where the module keeps two equal halves
+}
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_torchvision_in_the_graph_form(name: str):
+    side = TORCHVISION[name][0]
+    graph = assert_exact(lambda: shallow(name), [(1, 3, side, side)], (0,), "graph")
+    assert (len(graph.layers), len(graph.groups), graph.channels) == SHALLOW[name]
+    assert reasons(graph) == set()
+    assert prunable_share(graph) == 1.0
+    assert graph.unreached == ()  # it holds what it needs, and no more
+    assert not any("aux" in parameter.lower() for parameter in graph.parameters)
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """With parameters large enough that every layer is felt: those of transformers start at zero, or nearly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
+    return model
+
+
+def vit() -> nn.Module:
+    return awake(
+        torchvision.models.VisionTransformer(
+            image_size=16, patch_size=4, num_layers=2, num_heads=4, hidden_dim=24, mlp_dim=40, num_classes=5
+        )
+    )
+
+
+def swin() -> nn.Module:
+    return awake(torchvision.models.SwinTransformer([2, 2], 24, [2, 2], [3, 6], [2, 2], num_classes=5))
+
+
+def convnext() -> nn.Module:
+    block = torchvision.models.convnext.CNBlockConfig
+    return awake(torchvision.models.ConvNeXt([block(12, 20, 1), block(20, None, 1)], num_classes=5))
+
+
+# name → how to build it, side of the input, and for each form the groups as (name, channels): those that are exact, and
+# those of the residual stream, which layer norms average over
+NORMED: dict[str, tuple[Build, int, dict[str, tuple[list[tuple[str, int]], list[tuple[str, int]]]]]] = {
+    "vision transformer": (
+        vit,
+        16,
+        {
+            "module": (  # `embed_dim` counts the stream and the heads' channels alike
+                [(f"encoder.layers.encoder_layer_{n}.mlp.0", 40) for n in range(2)],
+                [("conv_proj", 4)],
+            ),
+            "graph": (
+                [
+                    (f"encoder.layers.encoder_layer_{n}.{layer}", size)
+                    for n in range(2)
+                    for layer, size in [("self_attention.in_proj_weight", 4), ("mlp.0", 40)]
+                ],
+                [("conv_proj", 24)],
+            ),
+        },
+    ),
+    "swin transformer": (
+        swin,
+        16,
+        {
+            "module": (  # the heads' channels are `C // num_heads`
+                [(f"features.{s}.{n}.mlp.0", size) for s, size in [(1, 96), (3, 192)] for n in range(2)],
+                [],
+            ),
+            "graph": (
+                [
+                    (f"features.{stage}.{n}.{layer}", size)
+                    for stage, heads, wide in [(1, 3, 96), (3, 6, 192)]
+                    for n in range(2)
+                    for layer, size in [("attn.qkv", heads), ("mlp.0", wide)]
+                ],
+                [("features.0.0", 24), ("features.2.reduction", 48)],
+            ),
+        },
+    ),
+    "convnext": (
+        convnext,
+        32,
+        dict.fromkeys(
+            FORMS,
+            (
+                [("features.1.0.block.3", 48), ("features.3.0.block.3", 80)],
+                [("features.0.0", 12), ("features.2.1", 20)],
+            ),
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NORMED)
+def test_torchvision_with_layer_norms(name: str, form: Form):
+    build, side, expected = NORMED[name]
+    graph = assert_exact(build, [(2, 3, side, side)], (0,), form)
+    found = [[(g.name, g.channels) for g in graph.groups if bool(g.inexact) == inexact] for inexact in (False, True)]
+    assert tuple(found) == expected[form]
+    assert all(g.inexact.startswith("layer_norm in ") for g in graph.groups if g.inexact)
+    if form == "graph":
+        assert reasons(graph) == set()
+
+
 IMAGE = [(2, 3, 8, 8)]
 
-# name → how to build it, shapes of its inputs, groups as (name, channels), what the reasons of frozen channels say
-CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list[str]]] = {
+# name → how to build it, shapes of its inputs, groups as (name, channels) or (name, channels, why the others change
+# when these go), what the reasons of frozen channels say; for the module form, and for both if not `IN_GRAPH`
+CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple], list[str]]] = {
     "u-net": (
         nets.UNet,
         [(2, 3, 16, 16)],
@@ -131,7 +256,12 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
     "nested outputs": (nets.nested_outputs, IMAGE, [("first", 8), ("second", 12)], []),
     "naked parameters": (nets.naked_parameters, IMAGE, [("kernel", 12)], []),
     "depthwise by function": (nets.functional_depthwise, IMAGE, [("first", 12)], []),
-    "depthwise by function, groups written": (nets.functional_depthwise_literal, IMAGE, [], ["takes its groups from"]),
+    "depthwise by function, groups written": (
+        nets.functional_depthwise_literal,
+        IMAGE,
+        [],
+        ["conv2d in Net takes a number"],
+    ),
     "dilated": (
         lambda: nets.Residual(nets.conv(8, 12, 3, dilation=2, padding=2), 8, 12),
         IMAGE,
@@ -178,32 +308,37 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
         lambda: nets.sandwich(nets.shuffle_slots_written),
         IMAGE,
         [],
-        ["reshapes them to sizes"],
+        ["view in Net takes a number"],
     ),
     "shuffle, slots written, groups computed": (
         lambda: nets.sandwich(nets.shuffle_slots_computed),
         IMAGE,
         [],
-        ["reshapes them to sizes"],
+        ["view in Net takes a number"],
     ),
-    "shuffle, sizes written": (lambda: nets.sandwich(nets.shuffle_all_written), IMAGE, [], ["reshapes them to sizes"]),
+    "shuffle, sizes written": (
+        lambda: nets.sandwich(nets.shuffle_all_written),
+        IMAGE,
+        [],
+        ["view in Net takes a number"],
+    ),
     "chunk": (lambda: nets.sandwich(nets.halves_chunked, c_after=24), IMAGE, [("first", 8)], []),
     "split, size computed": (lambda: nets.sandwich(nets.halves_computed), IMAGE, [("first", 8)], []),
     "split, size written": (
         lambda: nets.sandwich(nets.halves_written),
         IMAGE,
         [],
-        ["splits them into parts of a size"],
+        ["split in Net takes a number"],
     ),
-    "split, uneven": (lambda: nets.sandwich(nets.uneven_parts), IMAGE, [], ["splits them into parts of sizes"]),
-    "slice written": (lambda: nets.sandwich(nets.slice_written), IMAGE, [], ["picks channels by numbers"]),
+    "split, uneven": (lambda: nets.sandwich(nets.uneven_parts), IMAGE, [], ["split_with_sizes in Net takes a number"]),
+    "slice written": (lambda: nets.sandwich(nets.slice_written), IMAGE, [], ["slice in Net takes a number"]),
     "channels padded, then added": (
         lambda: nets.sandwich(
             lambda net, y: net.inner(y) + F.pad(y, (0, 0, 0, 0, 1, 3)), 16, 20, inner=nets.conv(16, 20)
         ),
         IMAGE,
         [("first", 16)],
-        ["pads channels by a number"],
+        ["pad in Net takes a number"],
     ),
     "channels padded up to a number": (
         lambda: nets.sandwich(
@@ -211,7 +346,7 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
         ),
         IMAGE,
         [],
-        ["pads channels by a number", "pads them up to a number"],
+        ["pad in Net takes a number"],
     ),
     "channels padded by copies": (
         lambda: nets.sandwich(nets.copies_of_channels, c_after=18),
@@ -222,8 +357,8 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
     "channels cropped": (
         lambda: nets.sandwich(lambda net, y: F.pad(y, (0, 0, 0, 0, -2, -3)), c_after=11),
         IMAGE,
-        [],
-        ["crops channels"],
+        [("first", 11)],
+        ["pad in Net takes a number"],
     ),
     "one padding module, run twice": (nets.TwiceAround, IMAGE, [("first", 8), ("second", 4)], []),
     "batch norm without affine": (
@@ -254,16 +389,22 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
         lambda: nets.sandwich(nets.instance_statistics_over_groups),
         IMAGE,
         [],
-        ["averages over them"],
+        ["view in Net takes a number"],
     ),
-    "group norm": (lambda: nets.Residual(nn.GroupNorm(4, 8), 8, 8), IMAGE, [], ["(group norm) averages over channels"]),
+    "group norm": (lambda: nets.Residual(nn.GroupNorm(4, 8), 8, 8), IMAGE, [("before", 4)], []),
+    "group norm of one group": (
+        lambda: nets.Residual(nn.GroupNorm(1, 8), 8, 8),
+        IMAGE,
+        [("before", 8, "group_norm in inner normalises over them")],
+        [],
+    ),
     "layer norm": (
         lambda: nets.sandwich(
             lambda net, y: net.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), norm=nn.LayerNorm(16)
         ),
         IMAGE,
+        [("first", 16, "layer_norm in norm normalises over them")],
         [],
-        ["(layer norm) was built for a fixed number of channels"],
     ),
     "local response norm": (lambda: nets.Residual(nn.LocalResponseNorm(3), 8, 8), IMAGE, [], ["pool"]),
     "channels last": (
@@ -289,8 +430,8 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
     "written into a part": (
         lambda: nets.sandwich(nets.write_into_part, inner=nets.conv(16, 8)),
         IMAGE,
+        [("first", 8)],
         [],
-        ["picks channels by numbers"],
     ),
     "outer product": (
         lambda: nets.sandwich(nets.outer_product, c_after=96, second=nn.Linear(16, 6)),
@@ -301,30 +442,57 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]], list[tuple[str, int]], list
     "variance of everything": (
         lambda: nets.sandwich(lambda net, y: y * y.var(unbiased=False)),
         IMAGE,
+        [("first", 16, "var in Net averages over them")],
         [],
-        ["var in Net reduces over them"],
     ),
     "parametrized, depthwise": (nets.parametrized_depthwise, IMAGE, [("before", 12)], []),
     "a tensor that is no parameter": (nets.PlainTensor, IMAGE, [("first", 4)], []),
-    "attention": (
-        nets.attention,
+    "attention of PyTorch": (nets.torch_attention, IMAGE, [("first", 2)], []),
+    "weight norm": (
+        nets.weight_norm,
         IMAGE,
+        [
+            ("first", 8, "_weight_norm in inner.parametrizations.weight.0 normalises the weight over them"),
+            ("inner.parametrizations.weight.original1", 12),
+        ],
         [],
-        ["no rule for operator scaled_dot_product_attention", "reshapes them to sizes"],
     ),
-    "weight norm": (nets.weight_norm, IMAGE, [], ["is computed in a way that hides its channels"]),
+}
+
+# the same for the graph form, where it is another: all numbers are followed there
+IN_GRAPH: dict[str, tuple[list[tuple], list[str]]] = {
+    "depthwise by function, groups written": ([("first", 12)], []),
+    "shuffle, sizes computed": ([("first", 16)], []),
+    "shuffle, slots written": ([("first", 4)], []),  # flattened at the end: not seen as a shuffle
+    "shuffle, slots written, groups computed": ([("first", 16)], []),
+    "shuffle, sizes written": ([("first", 16)], []),
+    "split, size computed": ([("first", 16)], []),
+    "split, size written": ([("first", 16)], []),
+    "split, uneven": ([("first", 16)], []),
+    "slice written": ([("first", 16)], []),
+    "channels padded, then added": ([("first", 16), ("inner", 4)], []),
+    "channels padded up to a number": ([("first", 16), ("inner", 4)], []),
+    "channels cropped": ([("first", 5), ("first#2", 11)], []),
+    "instance norm over groups": ([("first", 4)], []),
+    "a tensor that is no parameter": ([("first", 16)], []),
+    "attention of PyTorch": ([("first", 8), ("mix.in_proj_weight", 2)], []),
+    "weight norm": ([("first", 8), ("inner.parametrizations.weight.original1", 12)], []),
 }
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
-def test_small_net(name: str):
+def test_small_net(name: str, form: Form):
     build, shapes, groups, fragments = CASES[name]
-    graph = assert_exact(build, shapes)
-    assert [(group.name, group.channels) for group in graph.groups] == groups
+    if form == "graph":
+        groups, fragments = IN_GRAPH.get(name, (groups, fragments))
+    graph = assert_exact(build, shapes, form=form)
+    assert [(g.name, g.channels, *([g.inexact] if g.inexact else [])) for g in graph.groups] == groups
     for fragment in fragments:
         assert any(fragment in reason for reason in reasons(graph)), fragment
     for reason in reasons(graph):
         assert any(fragment in reason for fragment in fragments), reason
+        assert form == "module" or not reason.endswith(FOLLOWS_NOT)
 
 
 def test_what_is_tied_stays_tied():
@@ -345,15 +513,17 @@ def test_what_is_tied_stays_tied():
     assert small.one.weight.shape == (6, 6, 3, 3)
 
 
-def test_option_a():
+@pytest.mark.parametrize("form", FORMS)
+def test_option_a(form: Form):
     """One stream of 16 channels runs through the zero-padded shortcuts; the others join in the middle of the net."""
-    graph = assert_exact(resnet20, [(1, 3, 16, 16)])
+    graph = assert_exact(resnet20, [(1, 3, 16, 16)], form=form)
     assert [group.channels for group in graph.groups] == [16, 16, 16, 16, 32, 16, 32, 32, 64, 32, 64, 64]
     assert sum(group.channels for group in graph.groups) == 16 + 3 * (16 + 32 + 64) + 16 + 32
     assert reasons(graph) == set()
 
 
-def test_mobilenet_v1():
-    graph = assert_exact(mobilenet_v1_025, [(1, 3, 64, 64)])
+@pytest.mark.parametrize("form", FORMS)
+def test_mobilenet_v1(form: Form):
+    graph = assert_exact(mobilenet_v1_025, [(1, 3, 64, 64)], form=form)
     assert [group.channels for group in graph.groups] == [8, 16, 32, 32, 64, 64, *[128] * 6, 256, 256]
     assert reasons(graph) == set()

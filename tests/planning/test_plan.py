@@ -50,6 +50,7 @@ def test_json_as_written():
     assert data() == {
         "schema": 1,
         "model": "Sequential",
+        "form": "module",
         "inputs": [[1, 3, 2, 2]],
         "criterion": "l2",
         "options": {"depth": 3, "names": ["a"]},

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from convpare.blocks import resnet20
 from convpare.errors import ConvpareError
-from convpare.graph.trace import operator_name
+from convpare.graph.tracer import operator_name
 from convpare.recovery.lockstep import Run, check_aligned
 
 

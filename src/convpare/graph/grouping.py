@@ -4,19 +4,28 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
+from convpare.graph.attributes import attributes, menders
+from convpare.graph.parts import hollow
 from convpare.graph.record import Record
-from convpare.graph.structure import Axis, Frozen, Graph, Group, Layer, Mend
+from convpare.graph.structure import Axis, Count, Frozen, Graph, Group, Layer, Mend, Rewrite, Shuffle
 
 
 def assemble(record: Record) -> Graph:
     """Number the removable channels (units) group by group and say of the others why they stay."""
     classes = record.labels.classes()
     reasons = record.labels.frozen_reasons(classes)
+    inexact = record.labels.inexact_reasons(classes)
     slots = {axis: classes[start : start + record.shapes[axis[0]][axis[1]]] for axis, start in record.slots.items()}
-    unit_of, sizes = _number(slots, record.layers, reasons, len(classes))
+    unit_of, sizes = _number(slots, record.layers, reasons, inexact, len(classes))
     units = {axis: ids for axis, cls in slots.items() if ((ids := unit_of[cls]) >= 0).any()}
+    why = {int(unit_of[cls]): reason for cls, reason in inexact.items()}
+
+    def units_of(labels: Tensor) -> np.ndarray:
+        return np.asarray(unit_of[classes[labels.numpy()]])
+
+    counted = [(s, Count(units_of(s.labels), s.sign, s.offset)) for s in record.spelled]
     return Graph(
         model=type(record.model).__name__,
         inputs=record.inputs,
@@ -24,17 +33,27 @@ def assemble(record: Record) -> Graph:
         parameters=record.parameters,
         aliases=aliases(record.model),
         units=units,
-        groups=_groups(units, sizes, record.layers),
+        groups=_groups(units, sizes, record.layers, why),
         layers=tuple(record.layers),
         frozen=_frozen(slots, record.layers, reasons),
-        mends=tuple(Mend(name, unit_of[classes[labels.numpy()]], mender) for name, labels, mender in record.mends),
+        mends=tuple(Mend(name, units_of(labels), mender) for name, labels, mender in menders(record)),
+        attributes=tuple(attributes(record, counted)),
+        rewrites=tuple(Rewrite(s.node.name, s.path, count) for s, count in counted if (count.units >= 0).any()),
+        shuffles=tuple(Shuffle(n.name, units_of(labels), at.numpy()) for n, labels, at in record.shuffles),
+        spared=record.spared,
         not_counted=record.not_counted,
         unreached=record.unreached,
+        parts=tuple(hollow(call) for call in record.calls if call.name),
+        form=record.form,
     )
 
 
 def _number(
-    slots: Mapping[Axis, np.ndarray], layers: Sequence[Layer], reasons: Mapping[int, str], count: int
+    slots: Mapping[Axis, np.ndarray],
+    layers: Sequence[Layer],
+    reasons: Mapping[int, str],
+    inexact: Mapping[int, str],
+    count: int,
 ) -> tuple[np.ndarray, list[int]]:
     """Unit of every class (-1: stays) and the size of every group.
 
@@ -45,6 +64,7 @@ def _number(
     signature = np.zeros(count, np.uint64)
     for axis_hash, cls in zip(random, slots.values(), strict=True):
         np.add.at(signature, cls, axis_hash)
+    signature[list(inexact)] += np.uint64(1)
     place = np.full((count, 2), -1)  # the first layer that produces a class, and its channel there
     for number, layer in reversed(list(enumerate(layers))):
         if layer.out in slots:
@@ -62,7 +82,9 @@ def _number(
     return unit_of, [int(size) for size in sizes]
 
 
-def _groups(units: Mapping[Axis, np.ndarray], sizes: Sequence[int], layers: Sequence[Layer]) -> tuple[Group, ...]:
+def _groups(
+    units: Mapping[Axis, np.ndarray], sizes: Sequence[int], layers: Sequence[Layer], inexact: Mapping[int, str]
+) -> tuple[Group, ...]:
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
     producers: dict[int, list[str]] = defaultdict(list)
     consumers: dict[int, list[str]] = defaultdict(list)
@@ -77,7 +99,9 @@ def _groups(units: Mapping[Axis, np.ndarray], sizes: Sequence[int], layers: Sequ
         name = producers[number][0]
         seen[name] += 1
         label = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        groups.append(Group(label, int(starts[number]), size, tuple(producers[number]), tuple(consumers[number])))
+        start = int(starts[number])
+        made, read = tuple(producers[number]), tuple(consumers[number])
+        groups.append(Group(label, start, size, made, read, inexact.get(start)))
     return tuple(groups)
 
 

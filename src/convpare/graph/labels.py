@@ -36,10 +36,18 @@ def support(labels: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of one tensor of the graph: its shape and its fields. A tensor without fields has no channels."""
+    """What is known of one tensor of the graph: its shape and its fields. A tensor without fields has no channels.
+
+    Attributes:
+        zero: the elements of a removed channel are zero here once its weights are zeroed, so that a sum over channels
+            is the same with and without it (after a sigmoid they are not).
+        name: the parameter or buffer that this is, if it is one.
+    """
 
     shape: tuple[int, ...]
     fields: tuple[Tensor, ...] = ()
+    zero: bool = False
+    name: str | None = None
 
     @property
     def ndim(self) -> int:
@@ -53,6 +61,10 @@ class Value:
         """The fields that are constant along all of `axes`."""
         chosen = {axis % self.ndim for axis in axes}
         return tuple(f for f in self.fields if not chosen & set(support(f)))
+
+    def like(self, shape: Sequence[int], fields: Sequence[Tensor]) -> "Value":
+        """Another tensor whose removed channels are as these are."""
+        return Value(tuple(shape), tuple(fields), self.zero)
 
 
 @dataclass
@@ -83,7 +95,8 @@ class Labels:
 
     def mark_inexact(self, labels: Tensor, reason: str) -> None:
         """These channels can go, but the function of the others changes by nature (a normalisation over channels)."""
-        self._inexact.append((labels.reshape(-1), reason))
+        if labels.numel():
+            self._inexact.append((labels.reshape(-1), reason))
 
     def classes(self) -> np.ndarray:
         """The class of every label after all unifications, shape (count,)."""

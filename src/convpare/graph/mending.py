@@ -1,7 +1,7 @@
 """Numbers that a module's forward takes from its attributes, and how they are kept true when channels go.
 
-PyTorch's own layers are mended from the shapes of their weights. A class of yours that pads channels by a number it
-keeps as an attribute is taught once:
+PyTorch's own layers are mended from the shapes of their weights, and an integer (or list of integers) that the forward
+uses as it stands is found by itself. A class whose forward computes with its attributes is taught once:
 
     @convpare.graph.mends(MyPad, "before")
     def _(module, keep):            # keep: mask of the padded output channels that stay
@@ -12,6 +12,7 @@ model comes back.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -19,13 +20,15 @@ from torch import nn
 from convpare.blocks.cifar import ZeroPadShortcut
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Mender
-from convpare.graph.surgery import BATCH_NORMS
+from convpare.graph.sync import BATCH_NORMS
 
+Numbers = int | list[int]
 _MENDERS: dict[type[nn.Module], Mender] = {}
 _NUMBERS: dict[type[nn.Module], tuple[str, ...]] = {  # class → attributes; none stands for all public integers
     nn.modules.conv._ConvNd: ("in_channels", "out_channels", "groups"),
     nn.Linear: ("in_features", "out_features"),
     nn.PReLU: ("num_parameters",),
+    nn.GroupNorm: ("num_groups", "num_channels"),
     **dict.fromkeys(BATCH_NORMS, ("num_features",)),
 }
 
@@ -47,21 +50,24 @@ def mends(kind: type[nn.Module], *attributes: str) -> Callable[[Mender], Mender]
     return register
 
 
-def numbers(module: nn.Module) -> dict[str, int]:
+def numbers(module: nn.Module) -> dict[str, Numbers]:
     """The integer attributes of `module` that surgery may change; none for a class that is neither known nor taught.
 
     Raises:
         ConvpareError: an attribute that `mends` was told of is no integer of 0 or more.
     """
-    found: dict[str, int] = {}
+    found: dict[str, Numbers] = {}
     for name in _attributes(module):
         value = getattr(module, name, None)
-        if not _is_count(value):
+        if not is_count(value):
             raise ConvpareError(
                 f"{type(module).__name__}.{name} is {value!r}; an attribute named in convpare.graph.mends must be an "
                 "integer of 0 or more."
             )
         found[name] = int(value)  # type: ignore[arg-type]
+    for name in module.__dict__.get("_convpare_mended", ()):
+        mended: Any = getattr(module, name)
+        found[name] = int(mended) if is_count(mended) else [int(v) for v in mended]
     return found
 
 
@@ -73,15 +79,34 @@ def set_numbers(module: nn.Module, values: Mapping[str, object]) -> None:
     """
     known, kind = numbers(module), type(module).__name__
     for name, value in values.items():
-        if name not in known:
+        found = vars(module).get(name)
+        if name in known and not is_count(value) and is_count(known[name]):
+            raise ConvpareError(f"{kind}.{name} is {repr(value)[:60]}; it must be an integer of 0 or more.")
+        if name not in known and (synced(module) or not (is_count(found) or is_counts(found))):
             raise ConvpareError(
                 f"{name!r} is no number of {kind} that may be set; known: {', '.join(known) or 'none'}. "
                 "If the class is yours, import the code that calls convpare.graph.mends for it."
             )
-        if not _is_count(value):
-            raise ConvpareError(f"{kind}.{name} is {repr(value)[:60]}; it must be an integer of 0 or more.")
+        if name not in known and not _shrinks(found, value):
+            raise ConvpareError(f"{kind}.{name} is {repr(value)[:60]}; it must be as {found!r} is, and no larger.")
     for name, value in values.items():
-        setattr(module, name, int(value))  # type: ignore[call-overload]
+        if name in known:
+            setattr(module, name, int(value))  # type: ignore[call-overload]
+        else:
+            set_mended(module, name, value)
+
+
+def set_mended(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute that a forward takes a number (or a list of numbers) from, and remember that it was set."""
+    old = getattr(module, name)
+    setattr(module, name, int(value) if is_count(value) else type(old)(int(v) for v in value))
+    module.__dict__["_convpare_mended"] = tuple(dict.fromkeys((*module.__dict__.get("_convpare_mended", ()), name)))
+
+
+def _shrinks(old: Any, new: Any) -> bool:
+    if is_count(old):
+        return is_count(new) and int(new) <= int(old)
+    return is_counts(new) and len(old) == len(new) and all(n <= o for o, n in zip(old, new, strict=True))
 
 
 def _attributes(module: nn.Module) -> dict[str, None]:
@@ -90,11 +115,22 @@ def _attributes(module: nn.Module) -> dict[str, None]:
 
 
 def _public_counts(module: nn.Module) -> list[str]:
-    return [name for name, value in vars(module).items() if not name.startswith("_") and _is_count(value)]
+    return [name for name, value in vars(module).items() if not name.startswith("_") and is_count(value)]
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether it is an integer of 0 or more."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
+
+
+def is_counts(value: object) -> bool:
+    """Whether it is a list or tuple of integers of 0 or more."""
+    return isinstance(value, list | tuple) and all(is_count(v) for v in value)
+
+
+def synced(module: nn.Module) -> bool:
+    """Whether surgery sets the module's numbers from the shapes of its weights."""
+    return any(base in _NUMBERS and base not in _MENDERS for base in type(module).__mro__)
 
 
 def mender_for(module: nn.Module) -> Mender | None:

@@ -1,91 +1,199 @@
-"""Numbers written in a forward: a trial surgery on fake tensors tells whether the forward follows the channels."""
+"""Numbers in a forward: a trial surgery tells whether the module's own forward follows the channels."""
 
 import copy
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import Node
 
 from convpare.errors import ConvpareError
-from convpare.graph.capture import capture
+from convpare.graph.grouping import assemble
 from convpare.graph.labels import Value
+from convpare.graph.mending import synced
+from convpare.graph.parts import recapture
 from convpare.graph.record import Record
-from convpare.graph.structure import Graph, Group
+from convpare.graph.rewriting import by_node, rewritten
+from convpare.graph.rules.pointwise import NARY
+from convpare.graph.rules.registry import aten
+from convpare.graph.structure import Call, Graph, Group, staying
 from convpare.graph.surgery import remove_
+from convpare.graph.tracer import Spelled, operator_name
+
+Site = tuple[str, ...]
+TAKE_NUMBERS = frozenset(aten(NARY) + aten("arange linspace full eye new_full pow"))
+FOLLOWS_NOT = "takes a number from its forward that does not follow them"
 
 
-def failing_suspects(
-    model: nn.Module, args: tuple[Tensor, ...], graph: Graph, record: Record
-) -> list[tuple[Tensor, str]]:
-    """The suspected labels whose removal the forward of `model` does not survive, each with its reason.
+def settled(model: nn.Module, record: Record) -> Graph:
+    """The graph of a module that keeps its forward: channels stay where a number in the forward would become wrong.
 
-    A forward that computes its sizes from `x.shape` survives; one with the numbers written out raises, or comes to
-    other shapes than the labels foretell. Only the groups that a suspicion touches are tried, first all at once, then
-    one by one.
+    A forward that computes its numbers from `x.shape`, or takes them from attributes that surgery mends, survives a
+    trial removal; one with the numbers written out raises, or comes to other shapes or numbers than foretold. The line
+    where it does is found, its channels are frozen, and the trial is repeated.
     """
-    if not record.suspects:
-        return []
-    classes = record.labels.classes()
-
-    def survives(groups: Iterable[Group]) -> bool:
-        keep = graph.keep_all()
-        for group in groups:
-            if group.channels > 1:
-                keep[group.start] = False
-        return _survives(model, args, graph, record, classes, keep)
-
-    touched = [
-        (labels, reason, _groups_of(classes[labels.numpy()], record, graph, classes))
-        for labels, reason in record.suspects
-    ]
-    groups = sorted({group for _, _, found in touched for group in found}, key=lambda g: g.start)
-    if not groups or survives(groups):
-        return []
-    fatal = {group for group in groups if not survives([group])}
-    if not fatal or not survives(group for group in groups if group not in fatal):
-        fatal = set(groups)  # each alone is fine, together they are not: none may go
-    return [(labels, reason) for labels, reason, found in touched if fatal & found]
+    graph = assemble(record)
+    sites = _sites(record)
+    if not sites and not any(record.constants) and not any(map(_has_numbers, record.values)):
+        return graph
+    graph = _follow(model, record, graph, sites, marked=False)
+    return _follow(model, record, graph, sites, marked=True) if any(g.inexact for g in graph.groups) else graph
 
 
-def _groups_of(wanted: np.ndarray, record: Record, graph: Graph, classes: np.ndarray) -> set[Group]:
-    """The groups whose channels are of these classes, found through the slots that bear the same class."""
-    found: set[Group] = set()
-    starts = [g.start for g in graph.groups]
-    for axis, units in graph.units.items():
-        hit = units[np.isin(_classes_of(axis, units, record, classes), wanted) & (units >= 0)]
-        found |= {graph.groups[i] for i in np.unique(np.searchsorted(starts, hit, side="right") - 1).tolist()}
-    return found
+def _follow(
+    model: nn.Module,
+    record: Record,
+    graph: Graph,
+    sites: dict[Site, list[Spelled]],
+    marked: bool,
+) -> Graph:
+    """Freeze what the forward does not follow, among the exact groups alone or also those that are marked inexact."""
+    while groups := [g for g in graph.groups if marked or not g.inexact]:
+        trial = Trial(model, graph, record)
+        found = trial.wrong(groups)
+        if found is None:
+            break
+        wrong: set[Site] = set()
+        if not marked:  # the line where it failed; where that spells no number, the lines that fail by themselves
+            wrong = found & set(sites) or {s for s in sites if trial.wrong(trial.touched(sites[s])) is not None}
+        for site in [s for s in sites if s in wrong]:
+            for spelled in sites.pop(site):
+                labels = spelled.labels if trial.touched([spelled], counted=True) else spelled.whole
+                record.labels.freeze(labels, _reason([spelled]))
+        if not wrong:
+            reason = _reason([s for s in record.spelled if s.site in found])
+            suspected = [g for g in groups if g.inexact] if marked else groups
+            for group in trial.failing(suspected) or suspected:
+                record.labels.freeze(trial.labels_of(group), reason)
+        graph = assemble(record)
+    return graph
 
 
-def _classes_of(axis: tuple[str, int], units: np.ndarray, record: Record, classes: np.ndarray) -> np.ndarray:
-    start = record.slots[axis]
-    return classes[start : start + len(units)]
+def _has_numbers(node: Node) -> bool:
+    """Whether an operator takes a number that the forward may have computed from a number of channels."""
+    return operator_name(node) in TAKE_NUMBERS and bool(_numbers([node.args, node.kwargs]))
 
 
-def _survives(
-    model: nn.Module, args: tuple[Tensor, ...], graph: Graph, record: Record, classes: np.ndarray, keep: np.ndarray
-) -> bool:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {id(x): _fake(mode, x) for x in [*model.parameters(), *model.buffers()]}
-    trial = copy.deepcopy(model, memo)  # tensors that are neither, if any, are copied as they are
-    with mode, torch.no_grad():
-        fake_args = tuple(mode.from_tensor(x) for x in args)
-        remove_(trial, graph, keep)
+def _reason(spelled: Sequence[Spelled]) -> str:
+    where = spelled[0].where if spelled else "the forward"
+    return f"{where} {FOLLOWS_NOT}"
+
+
+def _sites(record: Record) -> dict[Site, list[Spelled]]:
+    """The lines of forwards that spell out numbers of channels; PyTorch's own layers are kept true by their shapes."""
+    sites: dict[Site, list[Spelled]] = {}
+    for spelled in record.spelled:
+        module = record.modules.get(spelled.modules[-1]) if spelled.modules else None
+        if module is None or not synced(module):
+            sites.setdefault(spelled.site, []).append(spelled)
+    return sites
+
+
+class Trial:
+    """Some channels of every group less."""
+
+    def __init__(self, model: nn.Module, graph: Graph, record: Record) -> None:
+        self.model, self.graph, self.record = model, graph, record
+        self.rewrites = by_node(graph.rewrites)
+        self.classes = record.labels.classes()
+        self.unit_of = np.full(len(self.classes), -1)
+        for (name, axis), units in graph.units.items():
+            start = record.slots[name, axis]
+            self.unit_of[self.classes[start : start + len(units)]] = units
+
+    def touched(self, spelled: Sequence[Spelled], counted: bool = False) -> list[Group]:
+        """The groups that lie on the axes of which these numbers speak, or those that the numbers count."""
+        labels = torch.cat([s.labels if counted else s.whole for s in spelled])
+        units = self.unit_of[self.classes[labels.numpy()]]
+        starts = [g.start for g in self.graph.groups]
+        hit = np.unique(np.searchsorted(starts, units[units >= 0], side="right") - 1)
+        return [self.graph.groups[i] for i in hit.tolist()]
+
+    def labels_of(self, group: Group) -> Tensor:
+        """A label of every channel of a group."""
+        units = self.unit_of[self.classes]
+        return torch.from_numpy(np.flatnonzero((units >= group.start) & (units < group.start + group.channels)))
+
+    def failing(self, groups: Sequence[Group], trials: int = 32) -> list[Group]:
+        """Those of `groups` that the forward does not follow, by halving; with no trials left, whole halves."""
+        if not groups or self.wrong(groups) is None:
+            return []
+        if len(groups) == 1 or trials < 2:
+            return list(groups)
+        half = len(groups) // 2
+        parts = (groups[:half], groups[half:])
+        return [g for part in parts for g in self.failing(part, trials // 2 - 1)] or list(groups)
+
+    def wrong(self, groups: Iterable[Group]) -> set[Site] | None:
+        """None if the forward follows when some channels of each of `groups` go, else the lines where it did not.
+
+        The set is empty where the failure shows only later, in a line that spells no number.
+        """
+        keep = self.graph.keep_all()
+        for group in groups:  # another number of each, any of them: what fits one choice by chance fits no other
+            some = np.random.default_rng(group.start)
+            gone = some.integers(1, max(2, group.channels // 2 + 1)) if group.channels > 1 else 0
+            keep[group.start + some.choice(group.channels, gone, replace=False)] = False
         try:
-            program = capture(trial, fake_args)
-        except ConvpareError:  # whatever the user's forward raises when a size no longer fits
-            return False
-    gone = np.zeros(len(classes), bool)
-    for axis, units in graph.units.items():
-        gone[_classes_of(axis, units, record, classes)[(units >= 0) & ~keep[units]]] = True
-    stays = torch.from_numpy(~gone[classes])
-    nodes = list(program.graph.nodes)
-    return len(nodes) == len(record.values) and all(
-        _as_foretold(node.meta.get("val"), value, stays) for node, value in zip(nodes, record.values, strict=True)
-    )
+            programs = _captured(self.model, self.record.calls, lambda trial: remove_(trial, self.graph, keep))
+        except ConvpareError as error:  # whatever the user's forward raises when a size no longer fits
+            return self._lines_of(error)
+        if not all(map(_same_constants, programs, self.record.constants)):
+            return set()
+        return self._compare([node for program in programs for node in program.graph.nodes], keep)
+
+    def _lines_of(self, error: ConvpareError) -> set[Site]:
+        cause: BaseException = error.__cause__ or error
+        sites = {s.site[0]: s.site for s in self.record.spelled}
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            line = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+            if line in sites:
+                return {s.site for s in self.record.spelled if s.site[0] == line}
+        return set()
+
+    def _compare(self, nodes: list[Node], keep: np.ndarray) -> set[Site] | None:
+        stays = torch.from_numpy(staying(self.unit_of, keep)[self.classes])
+        if len(nodes) != len(self.record.values):
+            return set()
+        for node, (dense, value) in zip(nodes, self.record.values.items(), strict=True):
+            args, kwargs = rewritten(dense.args, dense.kwargs, self.rewrites.get(dense.name, ()), keep)
+            same = operator_name(node) == operator_name(dense) and _numbers([args, kwargs]) == _numbers(
+                [node.args, node.kwargs]
+            )
+            if not same or not _as_foretold(node.meta.get("val"), value, stays):
+                return {s.site for s in self.record.spelled if s.node is dense}
+        return None
+
+
+def _captured(model: nn.Module, calls: Sequence[Call], change: Callable[[nn.Module], None]) -> list[ExportedProgram]:
+    """The parts of a changed copy of the model; the copy has zeros for weights, which take no room until it changes."""
+    trial = copy.deepcopy(model, {id(x): _empty(x) for x in [*model.parameters(), *model.buffers()]})
+    change(trial)
+    return recapture(trial, calls)
+
+
+def _empty(x: Tensor) -> Tensor:
+    zeros = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+    return nn.Parameter(zeros, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else zeros
+
+
+def _same_constants(program: ExportedProgram, known: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors that the forward wrote into the graph are as before (`torch.tensor(x.shape[1])` is not)."""
+    names = program.graph_signature.inputs_to_lifted_tensor_constants.values()
+    return all(name in known and torch.equal(program.constants[name], known[name]) for name in names)
+
+
+def _numbers(tree: Any) -> list[Any]:
+    """The numbers in the arguments of a node, those that stand for "to the end" apart."""
+    if isinstance(tree, dict):
+        return [leaf for key in sorted(tree) for leaf in _numbers(tree[key])]
+    if isinstance(tree, list | tuple):
+        return [leaf for item in tree for leaf in _numbers(item)]
+    return [tree] if isinstance(tree, int | float) else []
 
 
 def _as_foretold(result: Any, value: Any, stays: Tensor) -> bool:
@@ -100,8 +208,3 @@ def _as_foretold(result: Any, value: Any, stays: Tensor) -> bool:
             rows = stays[field].movedim(axis, 0).reshape(field.shape[axis], -1)
             shape[axis] = int(rows.any(1).sum())
     return shape == list(result.shape)
-
-
-def _fake(mode: FakeTensorMode, x: Tensor) -> Tensor:
-    fake = mode.from_tensor(x.detach())
-    return nn.Parameter(fake, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else fake

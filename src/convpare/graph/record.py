@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Node
 
 from convpare.graph.labels import Labels
-from convpare.graph.structure import Axis, Layer, Mender
+from convpare.graph.structure import Axis, Call, Form, Layer, Mender
+from convpare.graph.tracer import Spelled
 
 
 @dataclass
@@ -15,14 +17,22 @@ class Record:
     """Everything that a tracer saw, for `assemble`."""
 
     model: nn.Module
+    form: Form
     inputs: tuple[tuple[int, ...], ...]
+    calls: tuple[Call, ...]  # what was captured
+    constants: Sequence[Mapping[str, Tensor]]  # of each captured part: the tensors that the forward wrote out
     labels: Labels
     slots: Mapping[Axis, int]  # first label of every axis of every parameter and buffer
     shapes: Mapping[str, tuple[int, ...]]
     parameters: frozenset[str]
-    values: Sequence[Any]  # of every node of the graph, in its order
+    values: Mapping[Node, Any]  # of every node of the graph, in its order
     layers: Sequence[Layer]
-    mends: Sequence[tuple[str, Tensor, Mender]]
-    suspects: Sequence[tuple[Tensor, str]]
+    spelled: Sequence[Spelled]  # numbers in the graph that count channels
+    shuffles: Sequence[tuple[Node, Tensor, Tensor]]
+    features: Sequence[tuple[str, Tensor, Mender]]  # norms and the labels of what they normalise
+    spared: frozenset[Axis]  # what the zeroed network keeps, lest it divides by zero
     not_counted: Mapping[str, int]
     unreached: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))

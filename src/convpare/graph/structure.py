@@ -1,18 +1,29 @@
 """What a trace yields: the coupled channels of a network as plain data, and what they cost."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
-from torch import nn
+from torch import fx, nn
+from torch.export import ExportedProgram
 
 from convpare.errors import ConvpareError
 
 Axis = tuple[str, int]
 """A parameter or buffer (its name in the model) and one of its dimensions."""
 
+Form = Literal["module", "graph"]
+FORMS: tuple[Form, ...] = ("module", "graph")
+"""What surgery works on: the eager module, or the captured graph with the numbers in it rewritten."""
+
 Mender = Callable[[nn.Module, np.ndarray], None]
 """Mends a module's numbers: takes the module and the mask of its output channels that stay, shape (channels,)."""
+
+
+def staying(units: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Which of `units` stay under the mask `keep` (channels,); -1 always does."""
+    return (units < 0) | keep[units] if len(keep) else units < 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Layer:
     positions: int  # how often the whole kernel is applied for the example inputs, all calls and the batch included
     outputs: int  # output elements per output channel, likewise
     groups: int
+    computed: bool = False  # the weight is a function of the parameter (standardised, reparametrised)
 
     @property
     def out(self) -> Axis:
@@ -50,6 +62,7 @@ class Group:
     channels: int
     producers: tuple[str, ...]  # layers whose output channels these are, in the order of execution
     consumers: tuple[str, ...]  # layers that read them
+    inexact: str | None = None  # why the function of the other channels changes by nature when some of these go
 
     @property
     def units(self) -> slice:
@@ -66,12 +79,78 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class Count:
+    """A number that counts channels: `sign` times how many of `units` stay (-1 always does), plus `offset`."""
+
+    units: np.ndarray
+    sign: int = 1
+    offset: int = 0
+
+    def __call__(self, keep: np.ndarray) -> int:
+        return self.sign * int(staying(self.units, keep).sum()) + self.offset
+
+    def negative(self) -> "Count":
+        return Count(self.units, -self.sign, -self.offset)
+
+
+@dataclass(frozen=True)
 class Mend:
-    """A module with a number in its forward that its mender keeps true; `units` of its output, -1 where fixed."""
+    """A module with a number in its forward that its mender keeps true; `units` of its channels, -1 where fixed."""
 
     module: str
     units: np.ndarray
     mender: Mender
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A module's attribute from which its forward takes numbers of channels: an integer, or a list of integers."""
+
+    module: str
+    name: str
+    counts: Count | tuple[Count | int, ...]
+
+    def __call__(self, keep: np.ndarray) -> int | tuple[int, ...]:
+        """Its value under the mask `keep` (channels,)."""
+        if isinstance(self.counts, Count):
+            return self.counts(keep)
+        return tuple(c(keep) if isinstance(c, Count) else c for c in self.counts)
+
+
+Path = tuple[int | str, ...]
+"""Where a number stands in the arguments of a node: `(1, 2)` is `args[1][2]`, `("dim",)` is `kwargs["dim"]`."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A number in the arguments of a node of the captured graph, and what it counts."""
+
+    node: str
+    path: Path
+    count: Count
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """A tensor of positions of the captured graph that picks from channels: `units` of what it picks from."""
+
+    node: str
+    units: np.ndarray
+    positions: np.ndarray
+
+    def __call__(self, keep: np.ndarray) -> np.ndarray:
+        """The positions under the mask `keep` (channels,)."""
+        stays = staying(self.units, keep)
+        return np.asarray((np.cumsum(stays) - 1)[self.positions[stays[self.positions]]])
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a submodule; "" is the whole model."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -92,8 +171,19 @@ class Graph:
     layers: tuple[Layer, ...]
     frozen: tuple[Frozen, ...]
     mends: tuple[Mend, ...]
+    attributes: tuple[Attribute, ...]
+    rewrites: tuple[Rewrite, ...]
+    shuffles: tuple[Shuffle, ...]
+    spared: frozenset[Axis]  # what the zeroed network keeps, lest it divides by zero
     not_counted: Mapping[str, int]  # operator → how often it runs, of those that multiply and are not in `layers`
     unreached: tuple[str, ...]  # modules with parameters that the forward does not use in evaluation mode
+    parts: tuple[Call, ...] = field(default=(), repr=False, compare=False)  # what was captured, if not the whole
+    form: Form = "module"
+    program: ExportedProgram | None = field(default=None, repr=False, compare=False)  # of the graph form
+    batched: frozenset[tuple[str, Path]] = field(default=frozenset(), repr=False, compare=False)  # follow the batch
+    folded: Mapping[str, fx.Graph] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # parameter → computed weight
 
     @property
     def channels(self) -> int:
@@ -146,15 +236,23 @@ class Graph:
     def to_json(self) -> dict[str, object]:
         return {
             "model": self.model,
+            "form": self.form,
             "inputs": [list(shape) for shape in self.inputs],
             "layers": [{"name": x.name, "kind": x.kind, "weight": list(self.shapes[x.weight])} for x in self.layers],
             "groups": [
-                {"name": g.name, "channels": g.channels, "producers": list(g.producers), "consumers": list(g.consumers)}
+                {
+                    "name": g.name,
+                    "channels": g.channels,
+                    "producers": list(g.producers),
+                    "consumers": list(g.consumers),
+                    "inexact": g.inexact,
+                }
                 for g in self.groups
             ],
             "frozen": [{"layer": f.layer, "channels": f.channels, "reason": f.reason} for f in self.frozen],
             "not_counted": dict(self.not_counted),
             "unreached": list(self.unreached),
+            "parts": list(dict.fromkeys(call.name for call in self.parts)),
         }
 
 

@@ -7,16 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convpare.graph.structure import Graph
-
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+from convpare.graph.graphform import graph_module
+from convpare.graph.mending import set_mended
+from convpare.graph.structure import Graph, staying
+from convpare.graph.sync import sync_attributes
 
 
 def removed(model: nn.Module, graph: Graph, keep: np.ndarray) -> nn.Module:
     """A copy of `model` without the channels that the mask `keep` (channels,) drops; the given model is untouched.
 
-    Same class, same forward, contiguous parameters on the same device, `requires_grad` as before, no gradients.
+    In the module form: same class, same forward; in the graph form: a module of its own (`graph_module`). Contiguous
+    parameters on the same device, `requires_grad` as before, no gradients.
     """
+    if graph.form == "graph":
+        return graph_module(model, graph, keep)
     small = copy.deepcopy(model)
     remove_(small, graph, keep)
     return small
@@ -45,52 +49,23 @@ def remove_(model: nn.Module, graph: Graph, keep: np.ndarray) -> None:
     for owner in touched.values():
         sync_attributes(owner)
     for mend in graph.mends:
-        mask = (mend.units < 0) | keep[mend.units] if len(keep) else mend.units < 0
+        mask = staying(mend.units, keep)
         if not mask.all():
             mend.mender(model.get_submodule(mend.module), mask)
+    for number in graph.attributes:
+        set_mended(model.get_submodule(number.module), number.name, number(keep))
 
 
 def zeroed(model: nn.Module, graph: Graph, keep: np.ndarray) -> nn.Module:
     """A copy of `model` of the same shape, zero wherever a dropped channel is borne. The oracle for `removed`."""
-    dense = copy.deepcopy(model)
+    dense = copy.deepcopy(model) if graph.form == "module" else graph_module(model, graph, graph.keep_all())
     tensors = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
     with torch.no_grad():
         for (name, dim), units in graph.units.items():
             gone = np.flatnonzero((units >= 0) & ~keep[units])
-            if len(gone):
+            if len(gone) and name in tensors and (name, dim) not in graph.spared:
                 tensors[name].index_fill_(dim, torch.as_tensor(gone, device=tensors[name].device), 0)
     return dense
-
-
-def sync_attributes(module: nn.Module) -> None:
-    """Make `out_channels`, `groups`, `num_features` and their like say what the shapes of the parameters say."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        _sync_convolution(module)
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, BATCH_NORMS):
-        sized = module.weight if module.weight is not None else module.running_mean
-        module.num_features = len(sized)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-
-
-def mend_features(module: nn.Module, keep: np.ndarray) -> None:
-    """A norm without parameters or statistics has no shape to read `num_features` from."""
-    module.num_features = int(keep.sum())  # type: ignore[assignment]
-
-
-def _sync_convolution(module: nn.modules.conv._ConvNd) -> None:
-    first, second = module.weight.shape[:2]
-    total, own = module.out_channels, module.in_channels
-    if module.transposed:
-        total, own = own, total
-    if own == module.groups > 1:  # a group is one channel, or one with its multiples, and goes as a whole
-        module.groups = first // (total // module.groups)
-    if module.transposed:
-        module.in_channels, module.out_channels = first, second * module.groups
-    else:
-        module.out_channels, module.in_channels = first, second * module.groups
 
 
 def _sliced(tensor: Tensor, kept_by_axis: dict[int, np.ndarray]) -> Tensor:

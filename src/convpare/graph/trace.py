@@ -1,232 +1,190 @@
 """Trace a model: run its graph on label tensors and read off which channels are coupled to which."""
 
 import operator
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from convpare.errors import ConvpareError
+from convpare.graph.attributes import tie_attributes
+from convpare.graph.batch import batch_numbers
 from convpare.graph.capture import Inputs, as_args, capture
 from convpare.graph.grouping import aliases, assemble
-from convpare.graph.labels import Labels, Value
-from convpare.graph.mending import mender_for
-from convpare.graph.probe import failing_suspects
+from convpare.graph.labels import Labels, Value, compact, support
+from convpare.graph.normal import normalise
+from convpare.graph.parts import Part, capture_parts
+from convpare.graph.probe import settled
 from convpare.graph.record import Record
-from convpare.graph.rules import RULES, freeze_values
-from convpare.graph.structure import Axis, Graph, Layer, Mender
-from convpare.graph.surgery import BATCH_NORMS, mend_features
+from convpare.graph.rules import RULES
+from convpare.graph.rules.common import freeze_values
+from convpare.graph.structure import FORMS, Call, Form, Graph
+from convpare.graph.tracer import Spelled, Tracer
 
-MULTIPLYING = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "_weight_norm")
+MULTIPLYING = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
 
 
-def trace(model: nn.Module, example_inputs: Inputs) -> Graph:
+def trace(model: nn.Module, example_inputs: Inputs, form: Form = "module") -> Graph:
     """Which channels of `model` are coupled, which may go, and what each layer costs.
 
-    The model is captured once in evaluation mode by `torch.export`; no weight is read and nothing of it is changed.
+    The model is captured once in evaluation mode by `torch.export`; no weight is read and nothing of it is changed. A
+    model that cannot be captured as a whole is run once, and the largest submodules that can be are captured: what lies
+    between them stays (`Graph.parts`).
 
     Args:
         example_inputs: a tensor, or the tuple of tensors that the forward takes. MACs are counted for exactly
             these shapes, batch included; the values do not matter.
+        form: what surgery will work on: "module", the module itself with its own forward, whose numbers must come true
+            by themselves; or "graph", the captured graph, in which every number is rewritten.
 
     Raises:
         ConvpareError: the model does not run on these inputs, or its forward cannot be captured.
     """
-    program = capture(model, example_inputs)
-    tracer = Tracer(model, program)
-    tracer.run()
-    record = tracer.record(tuple(tuple(x.shape) for x in as_args(example_inputs)))
+    args = as_args(example_inputs)
+    if form == "module":
+        return settled(model, read(model, args))
+    if form != "graph":
+        raise ConvpareError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
+    program = capture(model, args)
+    normal = normalise(program)
+    record = Interpreter(model, form, args).run([Part(Call("", args, {}), program)], normal.positions)
     graph = assemble(record)
-    failed = failing_suspects(model, as_args(example_inputs), graph, record)
-    for labels, reason in failed:
-        record.labels.freeze(labels, reason)
-    return assemble(record) if failed else graph
+    return replace(graph, program=program, batched=batch_numbers(model, args, program), folded=normal.folded)
 
 
-@dataclass
-class Tracer:
-    """Interprets an exported graph on label tensors. Rules see it as `t`."""
+def read(model: nn.Module, args: tuple[Tensor, ...]) -> Record:
+    """Capture the model, or the parts of it that can be, and run them on label tensors."""
+    parts, outside = capture_parts(model, args)
+    interpreter = Interpreter(model, "module", args)
+    record = interpreter.run(parts, {})
+    for name, value in interpreter.t.tensors.items():
+        if name.rpartition(".")[0] in outside:
+            freeze_values(interpreter.t, [value], f"{name} is read where nothing could be captured, too")
+    return record
 
-    root: nn.Module
-    program: ExportedProgram
-    labels: Labels = field(default_factory=Labels)
 
-    def __post_init__(self) -> None:
-        self._values: dict[Node, Any] = {}
-        self._slots: dict[Axis, int] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._layers: dict[str, Layer] = {}
-        self._mends: list[tuple[str, Tensor, Mender]] = []
-        self._suspects: list[tuple[Tensor, str]] = []
-        self._uncounted: Counter[str] = Counter()
-        signature = self.program.graph_signature
-        known = aliases(self.root)  # a tied parameter stands in the graph once for each of its names
-        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self._names = {node: known.get(name, name) for node, name in named.items()}
-        self._parameters = frozenset(self._names[node] for node in signature.inputs_to_parameters)
-        self._modules = dict(self.root.named_modules(remove_duplicate=False))
-        self._tensors: dict[str, Value] = {}
-        self._reached: set[str] = set()
+class Interpreter:
+    """Hands every node of exported graphs to its rule."""
 
-    # ------------------------------------------------------------------------------------- what the rules may ask
+    def __init__(self, model: nn.Module, form: Form, args: Sequence[Tensor]) -> None:
+        self.inputs = tuple(tuple(x.shape) for x in args)
+        self.aliases = aliases(model)  # a tied parameter stands in the graph once for each of its names
+        self.reached: set[str] = set()
+        self.values: dict[Node, Any] = {}
+        self.t = Tracer(model, form)
 
-    @property
-    def name(self) -> str:
-        """The operator that runs now, without overload: `aten.conv2d`."""
-        return operator_name(self.node)
-
-    @property
-    def target(self) -> Callable[..., Any]:
-        return cast(Callable[..., Any], self.node.target)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of its output."""
-        return tuple(self.node.meta["val"].shape)
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of its outputs, for operators that have several."""
-        return [tuple(v.shape) for v in self.node.meta["val"]]
-
-    @property
-    def module(self) -> str:
-        """The name of the innermost module whose forward runs it."""
-        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
-        return str(stack[-1][0]) if stack else ""
-
-    @property
-    def where(self) -> str:
-        """For messages: the operator and the module."""
-        return f"{self.name.removeprefix('aten.')} in {self.module or type(self.root).__name__}"
-
-    def add_layer(self, kind: str, positions: int, outputs: int, groups: int = 1) -> None:
-        """Count this call of a convolution or linear layer. A weight that is computed cannot be counted by its name."""
-        name = self._parameter_of(1)
-        if name is None:
-            self._uncounted[f"{self.name.removeprefix('aten.')} with a computed weight"] += 1
-            return
-        owner = name.removesuffix(".weight")
-        bias_name = self._parameter_of(2)
-        known = self._layers.get(name)
-        out_axis, in_axis = (1, 0) if kind == "conv_transpose" else (0, 1)
-        if known:
-            positions, outputs = positions + known.positions, outputs + known.outputs
-        self._layers[name] = Layer(owner, kind, name, bias_name, out_axis, in_axis, positions, outputs, groups)
-
-    def freeze_axes(self, x: Value, axes: Sequence[int], reason: str) -> None:
-        """Freeze the fields of `x` that vary along any of `axes`."""
-        chosen = {a % x.ndim for a in axes}
-        for labels in x.fields:
-            if any(labels.shape[a] > 1 for a in chosen):
-                self.labels.freeze(labels, reason)
-
-    def suspect(self, labels: Tensor, reason: str) -> None:
-        """These channels may hang on a number in the forward: a trial surgery will tell."""
-        self._suspects.append((labels.reshape(-1), reason))
-
-    def suspect_groups(self, labels: Tensor) -> None:
-        """Whole groups of this convolution go: its module's `groups` is mended, a functional call's may not be."""
-        if not isinstance(self._modules.get(self.module), nn.modules.conv._ConvNd):
-            self.suspect(labels, f"{self.where} takes its groups from a number in the forward")
-
-    def mend_features(self, labels: Tensor) -> None:
-        """The norm that runs now says how many channels it takes, also where it has no parameters to show it."""
-        if isinstance(self._modules.get(self.module), BATCH_NORMS):
-            self._mends.append((self.module, labels, mend_features))
-
-    def mend(self, labels: Tensor) -> bool:
-        """Whether the module around this operator can have its numbers mended; `labels` (size,) are its output's."""
-        module = self._modules.get(self.module)
-        mender = mender_for(module) if module is not None else None
-        if mender is None:
-            return False
-        for name, known, _ in self._mends:
-            if self._modules[name] is module:  # it runs again: one module, one set of numbers
-                if len(known) != len(labels):
-                    return False
-                self.labels.unify(known, labels)
-                return True
-        self._mends.append((self.module, labels, mender))
-        return True
-
-    # ---------------------------------------------------------------------------------------------- interpretation
-
-    def run(self) -> None:
-        for node in self.program.graph.nodes:
-            self.node = node
-            self._values[node] = getattr(self, f"_{node.op}")(node)
-
-    def record(self, inputs: tuple[tuple[int, ...], ...]) -> Record:
-        unreached = [name for name in self._shapes if name in self._parameters and name not in self._reached]
-        return Record(
-            self.root, inputs, self.labels, self._slots, self._shapes, self._parameters, list(self._values.values()),
-            list(self._layers.values()), self._mends, self._suspects, dict(self._uncounted),
-            tuple(dict.fromkeys(name.rpartition(".")[0] for name in unreached)),
+    def run(self, parts: Sequence[Part], positions: Mapping[str, Tensor]) -> Record:
+        t = self.t
+        for part in parts:
+            self._enter(part, positions)
+            for node in part.program.graph.nodes:
+                t.node = node
+                self.values[node] = getattr(self, f"_{node.op}")(node)
+        settle(t.labels, t.packed)
+        spelled = counting(t.labels, t.spelled)
+        known = {name: tuple(p.shape) for name, p in t.root.named_parameters() if name not in t.tensors}
+        shapes = {name: value.shape for name, value in t.tensors.items()} | known
+        parameters = frozenset(name for name, _ in t.root.named_parameters())
+        if t.form == "graph":  # holds what it needs, and no more
+            parameters &= self.reached
+        unreached = [name for name in shapes if name in parameters and name not in self.reached]
+        record = Record(
+            t.root, t.form, self.inputs, tuple(part.call for part in parts),
+            [part.program.constants for part in parts], t.labels, t.slots, shapes, parameters,
+            self.values, list(t.layers.values()), spelled, t.shuffles, t.features, frozenset(t.spared),
+            dict(t.uncounted), tuple(dict.fromkeys(name.rpartition(".")[0] for name in unreached)),
         )  # fmt: skip
+        tie_attributes(record)
+        return record
+
+    def _enter(self, part: Part, positions: Mapping[str, Tensor]) -> None:
+        signature = part.program.graph_signature
+        lifted = signature.inputs_to_lifted_tensor_constants
+        self.t.part = part.call.name
+        self.t.constants = {node: part.program.constants[name] for node, name in lifted.items()} | dict(positions)
+        prefix = f"{part.call.name}." if part.call.name else ""
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.t.names = {node: self.aliases.get(prefix + name, prefix + name) for node, name in named.items()}
 
     def _placeholder(self, node: Node) -> Any:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return value
         shape = tuple(value.shape)
-        name = self._names.get(node.name)
+        name = self.t.names.get(node.name)
         if name is None:  # an input of the model, or a constant that its forward builds: no channels of the network's
             return Value(shape)
         if node.users:
-            self._reached.add(name)
-        if name in self._tensors:
-            return self._tensors[name]
-        self._shapes[name] = shape
+            self.reached.add(name)
+        if name not in self.t.tensors:
+            self.t.tensors[name] = self._fresh(name, shape)
+        return self.t.tensors[name]
+
+    def _fresh(self, name: str, shape: tuple[int, ...]) -> Value:
         fields = []
         for axis, size in enumerate(shape):
             if size > 1:
-                labels = self.labels.new(size)
-                self._slots[name, axis] = int(labels[0])
+                labels = self.t.labels.new(size)
+                self.t.slots[name, axis] = int(labels[0])
                 fields.append(labels.reshape([-1 if a == axis else 1 for a in range(len(shape))]))
-        self._tensors[name] = Value(shape, tuple(fields))
-        return self._tensors[name]
+        return Value(shape, tuple(fields), zero=True, name=name)
 
     def _get_attr(self, node: Node) -> Any:
         value = node.meta.get("val")
         return Value(tuple(value.shape)) if isinstance(value, Tensor) else node.target
 
     def _call_function(self, node: Node) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
+        args, kwargs = map_arg((node.args, node.kwargs), self.values.__getitem__)
         if node.target is operator.getitem:
             return cast(Any, args)[0][cast(Any, args)[1]]
-        if self.name.removeprefix("aten.") in MULTIPLYING:
-            self._uncounted[self.name.removeprefix("aten.")] += 1
-        known = RULES.get(self.name)
+        name = self.t.name
+        if name.removeprefix("aten.") in MULTIPLYING:
+            self.t.uncounted[name.removeprefix("aten.")] += 1
+        known = RULES.get(name)
         if known is not None:
-            return known(self, *args, **kwargs)
+            return known(self.t, *args, **kwargs)
         if isinstance(node.target, HigherOrderOperator):  # a block of operators, as `torch.autocast` makes one
-            self._uncounted[self.name] += 1
+            self.t.uncounted[name] += 1
         values = [v for v in _flatten((args, kwargs)) if isinstance(v, Value)]
         shape = "×".join(map(str, values[0].shape)) if values else "no tensor"
-        freeze_values(self, values, f"no rule for operator {self.where} on {shape}")
+        freeze_values(self.t, values, f"no rule for operator {self.t.where} on {shape}")
         return _without_fields(node.meta.get("val"))
 
     def _output(self, node: Node) -> None:
-        outputs = map_arg(node.args, self._values.__getitem__)
-        freeze_values(self, [v for v in _flatten(outputs) if isinstance(v, Value)], "the model's output")
-
-    def _parameter_of(self, position: int) -> str | None:
-        argument = self.node.args[position] if len(self.node.args) > position else None
-        if argument is None:
-            argument = self.node.kwargs.get({1: "weight", 2: "bias"}[position])
-        return self._names.get(argument.name) if isinstance(argument, Node) else None
+        outputs = map_arg(node.args, self.values.__getitem__)
+        beyond = f"the output of {self.t.part}, beyond which nothing could be captured"
+        reason = beyond if self.t.part else "the model's output"
+        freeze_values(self.t, [v for v in _flatten(outputs) if isinstance(v, Value)], reason)
 
 
-def operator_name(node: Node) -> str:
-    """`aten.conv2d` of a node that calls `aten.conv2d.default`."""
-    overload = getattr(node.target, "overloadpacket", None)
-    return str(overload) if overload is not None else getattr(node.target, "__name__", str(node.target))
+def settle(labels: Labels, packed: Sequence[Tensor]) -> None:
+    """Channels that still lie on several axes of a tensor go alike along all of these axes but the last."""
+    classes = torch.from_numpy(labels.classes())
+    for field in packed:
+        axes = support(compact(classes[field]))
+        if len(axes) > 1:
+            first = field
+            for axis in axes[:-1]:
+                first = first.narrow(axis, 0, 1)
+            labels.unify(first, field)
+            classes = torch.from_numpy(labels.classes())
+
+
+def counting(labels: Labels, spelled: Sequence[Spelled]) -> list[Spelled]:
+    """The numbers that change with the channels: those of axes along which the channels go in the end."""
+    classes = torch.from_numpy(labels.classes())
+    found = []
+    for number in spelled:
+        whole = classes[number.whole]
+        if len(whole) > 1 and bool((whole[:1] == whole).all()) and whole.shape[1] > 1:
+            continue  # all alike along this axis, channels lie on another one
+        found.append(replace(number, labels=number.labels[:, 0], whole=number.whole[:, 0]))
+    return found
 
 
 def _flatten(tree: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Axis, Group
-from convpare.graph.surgery import BATCH_NORMS
+from convpare.graph.sync import BATCH_NORMS
 from convpare.importance.registry import Context, Ranking, criterion
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from convpare.graph.capture import Inputs
-from convpare.graph.structure import Graph, Layer
-from convpare.graph.trace import trace
+from convpare.graph.capture import Inputs, as_args
+from convpare.graph.grouping import assemble
+from convpare.graph.structure import Axis, Graph, Layer
+from convpare.graph.trace import read
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def count(model: nn.Module, example_inputs: Inputs) -> Count:
     Raises:
         ConvpareError: the model does not run on these inputs or cannot be captured.
     """
-    return count_graph(trace(model, example_inputs))
+    return count_graph(assemble(read(model, as_args(example_inputs))))
 
 
 def count_graph(graph: Graph) -> Count:
@@ -70,6 +71,23 @@ def count_graph(graph: Graph) -> Count:
     keep = graph.keep_all()
     layers = {layer.name: layer_cost(graph, layer, keep) for layer in graph.layers}
     return Count(total_cost(graph, keep), layers, graph.not_counted)
+
+
+def prunable_share(graph: Graph, *, marked: bool = False) -> float:
+    """The share of the MACs that hang on channels which can be removed: all but those between two fixed ends.
+
+    Args:
+        marked: count channels, too, whose removal by nature changes the others.
+    """
+    barred = np.array([bool(g.inexact) and not marked for g in graph.groups for _ in range(g.channels)] + [True])
+
+    def fixed(axis: Axis) -> float:
+        units = graph.units.get(axis)
+        return 1.0 if units is None else float(barred[units].mean())
+
+    macs = {layer: layer_cost(graph, layer, graph.keep_all()).macs for layer in graph.layers}
+    free = sum(cost * (1 - fixed(layer.out) * fixed(layer.into)) for layer, cost in macs.items())
+    return free / max(sum(macs.values()), 1)
 
 
 def layer_cost(graph: Graph, layer: Layer, keep: np.ndarray) -> Cost:

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from convpare.errors import ConvpareError
-from convpare.graph.structure import Graph
+from convpare.graph.structure import FORMS, Form, Graph
 from convpare.planning.cost import Cost, total_cost
 
 SCHEMA = 1
@@ -53,6 +53,7 @@ class Plan:
     before: Cost
     after: Cost
     edits: tuple[RemoveChannels, ...] = field(default=())
+    form: Form = "module"
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -66,8 +67,11 @@ class Plan:
         """The mask over the graph's removable channels, shape (channels,), that stay.
 
         Raises:
-            ConvpareError: a group of the plan is not in the graph, or has another number of channels there.
+            ConvpareError: the graph is of another form, or a group of the plan is not in it or has another number of
+                channels there.
         """
+        if graph.form != self.form:
+            raise ConvpareError(f"the plan was made for the {self.form} form, this graph is of the {graph.form} form")
         mask = graph.keep_all()
         for edit in self.edits:
             group = graph.group(edit.group)
@@ -89,6 +93,7 @@ class Plan:
         return {
             "schema": SCHEMA,
             "model": self.model,
+            "form": self.form,
             "inputs": [list(shape) for shape in self.inputs],
             "criterion": self.criterion,
             "options": dict(self.options),
@@ -115,7 +120,8 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            f"plan for {self.model} on {_shapes(self.inputs)}, criterion {self.criterion}",
+            f"plan for {self.model} on {_shapes(self.inputs)}, criterion {self.criterion}"
+            + (", graph form" if self.form == "graph" else ""),
             f"{'':<12}{'before':>16}{'after':>16}{'achieved':>10}{'requested':>11}",
         ]
         for metric in ("macs", "params"):
@@ -173,7 +179,15 @@ def _read_plan(data: object) -> Plan:
         before=_read_cost(_get(plan, "before", dict)),
         after=_read_cost(_get(plan, "after", dict)),
         edits=edits,
+        form=_read_form(plan),
     )
+
+
+def _read_form(plan: dict[str, Any]) -> Form:
+    form = plan.get("form", "module")
+    if form not in FORMS:
+        raise ConvpareError(f"the plan has form {reprlib.repr(form)}; expected one of {', '.join(FORMS)}")
+    return cast(Form, form)
 
 
 def _read_edit(data: object) -> RemoveChannels:

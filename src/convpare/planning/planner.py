@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
 from convpare.graph.capture import Inputs
+from convpare.graph.probe import FOLLOWS_NOT
 from convpare.graph.structure import Graph, Group
 from convpare.graph.surgery import zeroed
 from convpare.graph.trace import trace
@@ -44,6 +45,7 @@ class PlanOptions:
             or None for what suits the criterion.
         round_to: layers keep multiples of this many channels, or all.
         exclude: names of groups that stay whole.
+        inexact: take groups, too, whose removal by nature changes the others (a layer norm averages over them).
         images: how many calibration images a criterion looks at.
         rounds: with more than one, channels go in so many equal steps, and similarities are measured anew before each.
         threshold: instead of budgets: remove what the criterion's error rates at or below it (QSFM-SSIM: 0.1 removes
@@ -56,6 +58,7 @@ class PlanOptions:
     allocation: str | None = None
     round_to: int = 1
     exclude: tuple[str, ...] = ()
+    inexact: bool = False
     images: int = 128
     rounds: int = 1
     threshold: float | None = None
@@ -104,7 +107,8 @@ def plan(
         raise ConvpareError("give either a budget (macs, params) or a threshold: macs=0.5 for half of the MACs")
     graph = trace(model, example_inputs) if graph is None else graph
     if not graph.groups:
-        raise ConvpareError(f"nothing in {graph.model} can be removed; inspect says why every channel stays")
+        reason = "inspect says why every channel stays"
+        raise ConvpareError(f"nothing in {graph.model} can be removed; {reason}{_hint(graph, options)}")
     for name in options.exclude:
         graph.group(name)
     images = _images_for(chosen, graph, data, options) if chosen.needs_images else None
@@ -121,6 +125,7 @@ def plan(
         before=total_cost(graph, graph.keep_all()),
         after=total_cost(graph, keep),
         edits=tuple(_edit(g, keep, errors) for g in graph.groups if not keep[g.units].all()),
+        form=graph.form,
     )
 
 
@@ -164,7 +169,11 @@ def _resolve_scope(graph: Graph, budget: Budget, options: PlanOptions) -> str:
 def _movable(graph: Graph, options: PlanOptions) -> tuple[Group, ...]:
     """The groups that may lose channels."""
     inner = options.scope == "inner"
-    return tuple(g for g in graph.groups if g.name not in options.exclude and (graph.is_inner(g) or not inner))
+    return tuple(
+        g
+        for g in graph.groups
+        if g.name not in options.exclude and (options.inexact or g.inexact is None) and (graph.is_inner(g) or not inner)
+    )
 
 
 def _levels(graph: Graph, options: PlanOptions) -> list[np.ndarray]:
@@ -232,9 +241,21 @@ def _counts_by_budget(graph: Graph, rankings: Mapping[str, Ranking], budget: Bud
                   for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
     dense = cost.cost(np.array([g.channels for g in graph.groups], float))
     allocation = Allocation(cost, levels, errors, limits_of(cost, graph, budget))
-    check_feasible(allocation, budget, dense)
+    check_feasible(allocation, budget, dense, _hint(graph, options))
     allocate(allocation)
     return [int(count) for count in allocation.kept]
+
+
+def _hint(graph: Graph, options: PlanOptions) -> str:
+    """What else could be tried."""
+    hints = []
+    if options.scope == "inner":
+        hints.append("scope all takes residual streams, too")
+    if not options.inexact and any(g.inexact for g in graph.groups):
+        hints.append("marked groups stay whole without inexact (--inexact)")
+    if graph.form == "module" and any(FOLLOWS_NOT in f.reason for f in graph.frozen):
+        hints.append("the graph form (--form graph) follows numbers that the module's forward writes out")
+    return "".join(f"; {hint}" for hint in hints)
 
 
 def _curve(ranking: Ranking) -> np.ndarray:

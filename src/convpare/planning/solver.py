@@ -184,8 +184,8 @@ def limits_of(model: CostModel, graph: Graph, budget: Budget) -> dict[str, float
     return limits
 
 
-def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, float]) -> None:
-    """Raise when not even the smallest allowed network meets the budgets, and say what it would reach."""
+def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, float], hint: str = "") -> None:
+    """Raise when not even the smallest allowed network meets the budgets, and say what it would reach, and a hint."""
     least = allocation.model.cost(np.array([levels[-1] for levels in allocation.levels], float))
     for metric, limit in allocation.limits.items():
         if least[metric] > limit:
@@ -193,7 +193,7 @@ def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, f
             best = math.ceil(1e4 * share) / 1e4
             raise ConvpareError(
                 f"infeasible: {metric} {budget.fractions[metric]:g} was asked for, at best "
-                f"{best if best >= share else best + 1e-4:g} can be reached with every group at its minimum"
+                f"{best if best >= share else best + 1e-4:g} can be reached with every group at its minimum{hint}"
             )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
-from convpare.graph.surgery import BATCH_NORMS
+from convpare.graph.sync import BATCH_NORMS
 from convpare.modes import eval_mode
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from convpare.apply import graph_for, plan_of
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
+from convpare.graph.surgery import removed
 from convpare.modes import eval_mode
 from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
@@ -142,6 +143,8 @@ def _least_squares(
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[nn.Module, Fitted]:  # fmt: skip
     graph = graph_for(teacher, plan)
+    if plan.form == "graph":  # operator by operator as the student is
+        teacher = removed(teacher, graph, graph.keep_all())
     student = copy.deepcopy(small)
     done = compensate_(student, teacher, graph, plan.keep(graph), fit, options.least_squares, on_progress)
     return student, done

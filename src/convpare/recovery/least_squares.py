@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Graph, Layer
-from convpare.graph.trace import operator_name
+from convpare.graph.tracer import operator_name
 from convpare.recovery.lockstep import Run, check_aligned
 from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
 

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from convpare.errors import ConvpareError
 from convpare.graph.capture import capture
 from convpare.graph.grouping import aliases
-from convpare.graph.trace import operator_name
+from convpare.graph.tracer import operator_name
 
 
 class Run:

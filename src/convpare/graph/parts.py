@@ -1,0 +1,128 @@
+"""What was captured of a model: the whole, or where that cannot be, the largest submodules that can."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
+
+from convpare.errors import ConvpareError
+from convpare.graph.capture import CannotCapture, capture, capture_call
+from convpare.graph.structure import Call
+from convpare.modes import eval_mode
+
+
+@dataclass(frozen=True)
+class Part:
+    """One call of a submodule (the whole model has the name "") and the operators that it ran."""
+
+    call: Call
+    program: ExportedProgram
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A call of a module during a run of the model, and the modules whose forwards it ran in, itself the last."""
+
+    call: Call
+    within: tuple[str, ...]
+
+
+def capture_parts(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[list[Part], list[str]]:
+    """The captured parts of `model`, and the modules with parameters that run in no part, or also outside of them.
+
+    Where the model cannot be captured as a whole it is run once on `args`, as it stands, to see what its submodules are
+    given; each that `torch.export` can follow is captured for every call, the others give way to their submodules.
+
+    Raises:
+        ConvpareError: the model does not run on these inputs, or nothing of it can be captured.
+    """
+    try:
+        return [Part(Call("", args, {}), capture(model, args))], []
+    except CannotCapture as error:
+        seen = _watched(model, args)
+        parts = _largest(model, "", seen)
+        if not parts:
+            raise ConvpareError(f"{error} None of its submodules can be captured either.") from error
+    inside = {part.call.name for part in parts}
+    owners = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    outside = {s.call.name for s in seen if s.call.name in owners and not inside & set(s.within)}
+    return parts, sorted(outside)
+
+
+def recapture(model: nn.Module, calls: Sequence[Call]) -> list[ExportedProgram]:
+    """The same parts of a changed copy of the model."""
+    return [capture_call(model.get_submodule(call.name), call.args, call.kwargs) for call in calls]
+
+
+def _largest(module: nn.Module, name: str, seen: Sequence[Seen]) -> list[Part]:
+    parts: list[Part] = []
+    for child, submodule in module.named_children():
+        path = f"{name}.{child}" if name else child
+        calls = [s.call for s in seen if s.call.name == path]
+        if not any(True for _ in submodule.parameters()):
+            continue
+        try:
+            found = [Part(call, capture_call(submodule, call.args, call.kwargs)) for call in calls]
+        except ConvpareError:
+            found = []
+        parts += found or _largest(submodule, path, seen)
+    return parts
+
+
+@contextmanager
+def _hooked(model: nn.Module, seen: list[Seen]) -> Iterator[None]:
+    running: list[str] = []
+    handles = []
+
+    def enter(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            running.append(name)
+            seen.append(Seen(Call(name, args, dict(kwargs)), tuple(running)))
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watched(model: nn.Module, args: tuple[Tensor, ...]) -> list[Seen]:
+    seen: list[Seen] = []
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _hooked(model, seen):
+        model(*args)
+    return seen
+
+
+def hollow(call: Call) -> Call:
+    """The same call without the values of its tensors, except those of whole numbers."""
+
+    def emptied(x: Tensor) -> Tensor:
+        return x.to("meta") if x.is_floating_point() else x
+
+    args, kwargs = tree_map_only(Tensor, emptied, (call.args, dict(call.kwargs)))
+    return Call(call.name, args, kwargs)
+
+
+def noise(call: Call, generator: torch.Generator, device: torch.device) -> Call:
+    """The same call on normal noise in float64; tensors of whole numbers as they were."""
+
+    def drawn(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device)
+
+    args, kwargs = tree_map_only(Tensor, drawn, (call.args, dict(call.kwargs)))
+    return Call(call.name, args, kwargs)
