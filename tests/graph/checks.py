@@ -246,9 +246,13 @@ def _assert_taken_over(model: nn.Module, graph: Graph, keep: np.ndarray, small: 
 
 def _assert_graph_form(model: nn.Module, graph: Graph, keep: np.ndarray, small: nn.Module) -> None:
     assert isinstance(small, fx.GraphModule)
-    assert {m.training for m in small.modules()} == {model.training}
-    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    held = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+    norms = {n for n, m in small.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    assert {m.training for n, m in small.named_modules() if n not in norms} == {model.training}
+    assert all(small.get_submodule(n).training == model.get_submodule(n).training for n in norms)
+    known, held = (
+        {**dict(m.named_parameters(remove_duplicate=False)), **dict(m.named_buffers(remove_duplicate=False))}
+        for m in (model, small)
+    )
     assert all(name in known or MADE.fullmatch(name) for name in held)
     assert set(small.state_dict()) == set(held)
     for name, tensor in held.items():

@@ -1326,6 +1326,7 @@ class Finding:
     removed: int
     error: float  # zeroed against removed
     effect: float  # whole against removed
+    free: dict[str, int] = field(default_factory=dict)  # layer → removable output channels
     reasons: Counter[str] = field(default_factory=Counter)  # why the others stay
 
 
@@ -1456,9 +1457,10 @@ def _finding(graph: Graph, keep: np.ndarray, error: float, effect: float) -> Fin
     for f in graph.frozen:
         reasons[re.sub(r" in \S+", "", f.reason)] += f.channels
     inexact = int(hazy[units[units >= 0]].sum())
+    free = {layer.name: int((ids >= 0).sum()) for layer, ids in zip(graph.layers, made, strict=True)}
     return Finding(
         graph.form, len(graph.groups), len(units), int((units >= 0).sum()), inexact, int((~keep).sum()), error, effect,
-        reasons,
+        free, reasons,
     )  # fmt: skip
 
 
@@ -1616,7 +1618,7 @@ class Tally:
     failed: int = 0
     known: Counter[tuple[str, ...]] = field(default_factory=Counter)
     findings: list[list[Finding]] = field(default_factory=list)
-    fewer: list[str] = field(default_factory=list)  # networks of which the graph form lets less go
+    fewer: list[str] = field(default_factory=list)  # layers of which the graph form lets less go
 
     def add(self, seed: int, size: int) -> None:
         self.done += 1
@@ -1633,9 +1635,10 @@ class Tally:
             print(f"FAILED, the generator itself: {replay}\n{traceback.format_exc()}", flush=True)
         else:
             self.findings.append(found)
-            free = {f.form: f.removable for f in found}
-            if free.get("graph", 0) < free.get("module", 0):
-                self.fewer.append(f"{replay} ({free['module']} and {free['graph']} channels)")
+            free = {f.form: f.free for f in found}
+            for layer, channels in free.get("module", {}).items():
+                if channels > free.get("graph", {}).get(layer, channels):  # the graph form has no dead layers
+                    self.fewer.append(f"{replay}, {layer} ({channels} and {free['graph'][layer]} channels)")
 
     def _tell(self, plan: Plan, failure: BrokenError, replay: str) -> None:
         self.failed += 1
@@ -1672,7 +1675,7 @@ class Tally:
             reasons = sum((f.reasons for f in found), Counter())
             lines += [f"  {n:6d} stay: {reason}" for reason, n in reasons.most_common(15)]
         if self.fewer:
-            lines.append(f"{len(self.fewer)} networks with fewer removable channels in the graph form:")
+            lines.append(f"{len(self.fewer)} layers with fewer removable channels in the graph form:")
             lines += [f"  {line}" for line in self.fewer[:20]]
         lines += [f"{n} × {' '.join(kind)}" for kind, n in self.known.most_common()]
         return "\n".join(lines)

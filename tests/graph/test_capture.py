@@ -210,7 +210,6 @@ def test_a_submodule_that_runs_outside_of_the_parts_stays():
         assert removed(model, graph, keep)(torch.zeros(2, 3, 8, 8)).shape == (2, 2, 8, 8)
 
 
-@pytest.mark.xfail(reason="parameters that are read between the parts are not seen", strict=True)
 def test_a_parameter_that_is_read_outside_of_the_parts_stays():
     def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
         return torch.conv2d(net.a(x), net.a[0].weight) if x.sum() <= 0 else x

@@ -200,7 +200,7 @@ def test_softmax(form: Form):
 def test_softmax_by_hand(form: Form):
     """exp is not zero at zero, so that the sum is inexact."""
     graph = between(lambda net, y: y.exp() / y.exp().sum(1, keepdim=True), 4, 4, form)
-    assert marked(graph) == {"a": "sum in Net averages over them"}
+    assert marked(graph) == {"a": "sum in Net sums over them"}
 
 
 @forms

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convpare.graph.mending import is_count, mender_for, synced
+from convpare.graph.mending import is_count, mender_for, synced_names
 from convpare.graph.record import Record
 from convpare.graph.structure import Attribute, Count, Mender
 from convpare.graph.tracer import Spelled
@@ -26,7 +26,12 @@ def tie_attributes(record: Record) -> None:
     for spelled in record.spelled:
         for name, index in _sources(record, spelled):
             known = first.setdefault((spelled.modules[-1], name, index), spelled.labels)
-            record.labels.unify(known, spelled.labels)
+            if len(known) == len(spelled.labels):
+                record.labels.unify(known, spelled.labels)
+            else:  # a bound and a position
+                reason = f"{spelled.where} takes a number from {name}, which counts others, too"
+                record.labels.freeze(known, reason)
+                record.labels.freeze(spelled.labels, reason)
 
 
 def attributes(record: Record, counted: Sequence[tuple[Spelled, Count]]) -> tuple[Attribute, ...]:
@@ -60,14 +65,14 @@ def menders(record: Record) -> Iterator[tuple[str, Tensor, Mender]]:
 def _sources(record: Record, spelled: Spelled) -> Iterator[tuple[str, int | None]]:
     """The attributes of the module around it from which a number may have come: name, and index in a list."""
     module = record.modules.get(spelled.modules[-1]) if spelled.modules and record.form == "module" else None
-    if module is None or synced(module) or mender_for(module) is not None:
+    if module is None or mender_for(module) is not None:
         return
     at: Any = spelled.node.kwargs if isinstance(spelled.path[0], str) else spelled.node.args
     holder: Any = None
     for step in spelled.path:
         holder, at = at, at[step]
     for name, value in vars(module).items():
-        if name in _read_names(type(module)):  # type: ignore[arg-type]
+        if name in _read_names(type(module)) and name not in synced_names(module):  # type: ignore[arg-type]
             if is_count(value) and value > 1 and value == abs(at):
                 yield name, None
             elif isinstance(value, list | tuple) and len(spelled.path) == 2 and list(value) == list(holder):

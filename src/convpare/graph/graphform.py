@@ -7,6 +7,7 @@ Batch norm and dropout are PyTorch's own modules, so that they know training fro
 operators that were captured in evaluation mode. Parameters and buffers keep their names.
 """
 
+import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -53,7 +55,6 @@ class _Builder:
         state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.names = {node: names.get(name, name) for node, name in state.items()}
         self.constants = signature.inputs_to_lifted_tensor_constants
-        self.dropouts = 0
         self.batch: Node | None = None
         self.batched: dict[str, list[Path]] = defaultdict(list)
         for name, path in graph.batched:
@@ -73,7 +74,11 @@ class _Builder:
             if made is not None:
                 self.known[node] = made
         small = fx.GraphModule(self.root, self.new, class_name=type(self.model).__name__)
-        return small.train(self.model.training)
+        small.train(self.model.training)
+        for name, module in small.named_modules():  # each batch norm in the mode that it was in
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(self.model.get_submodule(name).training)
+        return small
 
     def _placeholder(self, node: Node) -> Node | None:
         if node.name in self.names:
@@ -84,8 +89,11 @@ class _Builder:
             return self.new.get_attr(name)
         return self.new.placeholder(node.name)
 
-    def _get_attr(self, node: Node) -> Node:
-        positions = getattr(self.program.graph_module, str(node.target)).detach().clone()
+    def _get_attr(self, node: Node) -> Node | None:
+        held = getattr(self.program.graph_module, str(node.target))
+        if not isinstance(held, Tensor):  # a block of operators, which whoever runs it refuses
+            return None
+        positions = held.detach().clone()
         if node.name in self.shuffles:
             positions = torch.from_numpy(self.shuffles[node.name](self.keep)).to(positions.device)
         self.root.register_buffer(str(node.target), positions)
@@ -97,7 +105,12 @@ class _Builder:
             return None
         if name == "aten.batch_norm" and (owner := self._norm(node)) is not None:
             return self.new.call_module(owner, (self.known[node.args[0]],))  # type: ignore[index]
-        if name in DROPOUTS:
+        if isinstance(node.target, HigherOrderOperator):
+            raise ConvpareError(
+                f"{self.graph.model} runs a block of operators under {name}, which the graph form cannot hold; "
+                "take the module form"
+            )
+        if name in DROPOUTS and node.args[2] is False:
             return self._dropout(node, DROPOUTS[name])
         args, kwargs = rewritten(node.args, node.kwargs, self.rewrites.get(node.name, ()), self.keep)
         for path in self.batched.get(node.name, ()):
@@ -125,28 +138,40 @@ class _Builder:
         x, weight, bias, mean, variance, training, momentum, eps, *_ = node.args
         parts = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance}
         names = {key: self.names.get(n.name) if isinstance(n, Node) else None for key, n in parts.items()}
-        owner = (names["running_mean"] or "").rpartition(".")[0]
-        if training or not owner or any(n not in (None, f"{owner}.{key}") for key, n in names.items()):
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        inner = str(stack[-1][0]).partition("@")[0] if stack else ""
+        named = (names["running_mean"] or "").rpartition(".")[0]
+        holds = [o for o in dict.fromkeys((inner, named)) if o and self._holds(o, names)]
+        if training or names["running_mean"] is None or not holds:
             return None
-        old = self.root.get_submodule(owner)
-        if not isinstance(old, nn.modules.batchnorm._BatchNorm):
-            original = self.model.get_submodule(owner)
-            kind = BATCH_NORMS[x.meta["val"].ndim]  # type: ignore[union-attr]
-            affine = names["weight"] is not None
-            norm = kind(len(old.running_mean), eps, getattr(original, "momentum", momentum), affine)  # type: ignore[arg-type]
-            norm.to(old.running_mean.device)  # type: ignore[arg-type]
-            counter = original._buffers.get("num_batches_tracked")
-            if counter is not None:
-                norm.num_batches_tracked = counter.detach().clone()
-            norm._parameters.update({k: p for k, p in old._parameters.items() if k in norm._parameters})
-            norm._buffers.update({k: b for k, b in old._buffers.items() if k in norm._buffers})
-            put_module(self.root, owner, norm)
+        owner = holds[0]
+        if not isinstance(self.root.get_submodule(owner), nn.modules.batchnorm._BatchNorm):
+            self._make_norm(owner, x.meta["val"].ndim, names, eps, momentum)  # type: ignore[union-attr]
         return owner
+
+    def _holds(self, owner: str, names: Mapping[str, str | None]) -> bool:
+        """Whether these tensors are the module's own, under the names that a batch norm gives them."""
+        module = self.model.get_submodule(owner)
+        held = {**module._parameters, **module._buffers}
+        return all(name is None or held.get(key) is _get(self.model, name) for key, name in names.items())
+
+    def _make_norm(self, owner: str, ndim: int, names: Mapping[str, str | None], eps: Any, momentum: Any) -> None:
+        original = self.model.get_submodule(owner)
+        tensors = {key: _get(self.root, name) for key, name in names.items() if name is not None}
+        momentum = getattr(original, "momentum", momentum)
+        norm = BATCH_NORMS[ndim](len(tensors["running_mean"]), eps, momentum, "weight" in tensors)
+        counter = original._buffers.get("num_batches_tracked")
+        if counter is not None:
+            norm.num_batches_tracked = counter.detach().clone()
+        for key, tensor in tensors.items():
+            holder: dict[str, Any] = norm._parameters if isinstance(tensor, nn.Parameter) else norm._buffers
+            holder[key] = tensor
+        put_module(self.root, owner, norm)
 
     def _dropout(self, node: Node, kind: type[nn.Module]) -> Node:
         x, p = node.args[:2]
-        name = f"dropout_{self.dropouts}"
-        self.dropouts += 1
+        taken = set(self.model._modules) | set(self.root._modules) | set(self.model._parameters)
+        name = next(f"dropout_{n}" for n in itertools.count() if f"dropout_{n}" not in taken)
         self.root.add_module(name, kind(p))
         return self.new.call_module(name, (self.known[x],))  # type: ignore[index]
 

@@ -82,7 +82,7 @@ def set_numbers(module: nn.Module, values: Mapping[str, object]) -> None:
         found = vars(module).get(name)
         if name in known and not is_count(value) and is_count(known[name]):
             raise ConvpareError(f"{kind}.{name} is {repr(value)[:60]}; it must be an integer of 0 or more.")
-        if name not in known and (synced(module) or not (is_count(found) or is_counts(found))):
+        if name not in known and ((synced(module) and own(module)) or not (is_count(found) or is_counts(found))):
             raise ConvpareError(
                 f"{name!r} is no number of {kind} that may be set; known: {', '.join(known) or 'none'}. "
                 "If the class is yours, import the code that calls convpare.graph.mends for it."
@@ -106,7 +106,11 @@ def set_mended(module: nn.Module, name: str, value: Any) -> None:
 def _shrinks(old: Any, new: Any) -> bool:
     if is_count(old):
         return is_count(new) and int(new) <= int(old)
-    return is_counts(new) and len(old) == len(new) and all(n <= o for o, n in zip(old, new, strict=True))
+    return (
+        is_counts(new)
+        and len(old) == len(new)
+        and all(n <= o and (n < 0) == (o < 0) for o, n in zip(old, new, strict=True))
+    )
 
 
 def _attributes(module: nn.Module) -> dict[str, None]:
@@ -124,8 +128,19 @@ def is_count(value: object) -> bool:
 
 
 def is_counts(value: object) -> bool:
-    """Whether it is a list or tuple of integers of 0 or more."""
-    return isinstance(value, list | tuple) and all(is_count(v) for v in value)
+    """Whether it is a list or tuple of integers of 0 or more, or -1, which leaves a size open."""
+    return isinstance(value, list | tuple) and all(is_count(v) or v == -1 for v in value)
+
+
+def own(module: nn.Module) -> bool:
+    """Whether it is one of PyTorch's own classes."""
+    return type(module).__module__.partition(".")[0] == "torch"
+
+
+def synced_names(module: nn.Module) -> frozenset[str]:
+    """The numbers that surgery sets from the shapes of the module's weights."""
+    kinds = [base for base in type(module).__mro__ if base in _NUMBERS and base not in _MENDERS]
+    return frozenset(name for kind in kinds for name in _NUMBERS[kind])
 
 
 def synced(module: nn.Module) -> bool:

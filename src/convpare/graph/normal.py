@@ -41,6 +41,12 @@ def normalise(program: ExportedProgram) -> Normal:
             _as_positions(program, node, found)
         elif name in MULTIPLIES:
             _fold_weight(program, node, found)
+        elif name in ("aten.slice", "aten.narrow", "aten.select"):
+            _count_from_the_front(node)
+        elif name == "aten.squeeze" and len(node.args) == 1:
+            sizes = node.args[0].meta["val"].shape
+            node.target = aten.squeeze.dims
+            node.args = (node.args[0], [axis for axis, size in enumerate(sizes) if size == 1])
     program.graph.eliminate_dead_code()
     return found
 
@@ -51,6 +57,18 @@ def _spell_parts(node: Node) -> None:
     node.target = aten.split_with_sizes.default
     node.args = (node.args[0], [part.shape[dim] for part in node.meta["val"]], dim)
     node.kwargs = {}
+
+
+def _count_from_the_front(node: Node) -> None:
+    """`x[:, -3:]` becomes `x[:, 5:]`: a bound that counts from the end may come to -0, which is the front."""
+    args = list(node.args)
+    dim: Any = args[1] if len(args) > 1 else 0
+    size = args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
+    for position in (2,) if operator_name(node) != "aten.slice" else (2, 3):
+        bound = args[position] if position < len(args) else None
+        if isinstance(bound, int) and bound < 0:
+            args[position] = max(0, size + bound)
+    node.args = tuple(args)
 
 
 def _as_positions(program: ExportedProgram, first: Node, found: Normal) -> None:
@@ -98,7 +116,7 @@ def _fold_weight(program: ExportedProgram, node: Node, found: Normal) -> None:
     if any(s.op == "placeholder" and s.name not in known and not _is_state(program, s) for s in sources):
         return
     alike = [s for s in sources if s.name in known and s.meta["val"].shape == weight.meta["val"].shape]
-    if len(alike) == 1 and known[alike[0].name] not in found.folded:
+    if len(alike) == 1 and set(alike[0].users) <= origin and len(weight.users) == 1:
         found.folded[known[alike[0].name]] = _copied(program, origin, weight)
         node.args = (node.args[0], alike[0], *node.args[2:])
 

@@ -1,14 +1,14 @@
 """What was captured of a model: the whole, or where that cannot be, the largest submodules that can."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convpare.errors import ConvpareError
 from convpare.graph.capture import CannotCapture, capture, capture_call
@@ -32,8 +32,16 @@ class Seen:
     within: tuple[str, ...]
 
 
+@dataclass
+class Watched:
+    """What a run of the model showed: the calls of its modules, and inside of which modules each parameter was read."""
+
+    calls: list[Seen]
+    reads: list[tuple[str, tuple[str, ...]]]
+
+
 def capture_parts(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[list[Part], list[str]]:
-    """The captured parts of `model`, and the modules with parameters that run in no part, or also outside of them.
+    """The captured parts of `model`, and the parameters and buffers that are read outside of them.
 
     Where the model cannot be captured as a whole it is run once on `args`, as it stands, to see what its submodules are
     given; each that `torch.export` can follow is captured for every call, the others give way to their submodules.
@@ -45,13 +53,11 @@ def capture_parts(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[list[Part
         return [Part(Call("", args, {}), capture(model, args))], []
     except CannotCapture as error:
         seen = _watched(model, args)
-        parts = _largest(model, "", seen)
+        parts = _largest(model, "", seen.calls)
         if not parts:
             raise ConvpareError(f"{error} None of its submodules can be captured either.") from error
     inside = {part.call.name for part in parts}
-    owners = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
-    outside = {s.call.name for s in seen if s.call.name in owners and not inside & set(s.within)}
-    return parts, sorted(outside)
+    return parts, sorted({name for name, within in seen.reads if not inside & set(within)})
 
 
 def recapture(model: nn.Module, calls: Sequence[Call]) -> list[ExportedProgram]:
@@ -74,15 +80,29 @@ def _largest(module: nn.Module, name: str, seen: Sequence[Seen]) -> list[Part]:
     return parts
 
 
-@contextmanager
-def _hooked(model: nn.Module, seen: list[Seen]) -> Iterator[None]:
-    running: list[str] = []
+class _Reads(TorchFunctionMode):
+    """Notes which of the model's tensors every function is given, and inside of which modules."""
+
+    def __init__(self, model: nn.Module, running: list[str], reads: list[tuple[str, tuple[str, ...]]]) -> None:
+        super().__init__()
+        self.names = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
+        self.running, self.reads = running, reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):
+            if id(x) in self.names:
+                self.reads.append((self.names[id(x)], tuple(self.running)))
+        return func(*args, **(kwargs or {}))
+
+
+def _watched(model: nn.Module, args: tuple[Tensor, ...]) -> Watched:
+    seen, running = Watched([], []), cast(list[str], [])
     handles = []
 
     def enter(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             running.append(name)
-            seen.append(Seen(Call(name, args, dict(kwargs)), tuple(running)))
+            seen.calls.append(Seen(Call(name, args, dict(kwargs)), tuple(running)))
 
         return hook
 
@@ -93,16 +113,11 @@ def _hooked(model: nn.Module, seen: list[Seen]) -> Iterator[None]:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
-        yield
+        with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _Reads(model, running, seen.reads):
+            model(*args)
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _watched(model: nn.Module, args: tuple[Tensor, ...]) -> list[Seen]:
-    seen: list[Seen] = []
-    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _hooked(model, seen):
-        model(*args)
     return seen
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.fx import Node
 from convpare.errors import ConvpareError
 from convpare.graph.grouping import assemble
 from convpare.graph.labels import Value
-from convpare.graph.mending import synced
+from convpare.graph.mending import own, synced
 from convpare.graph.parts import recapture
 from convpare.graph.record import Record
 from convpare.graph.rewriting import by_node, rewritten
@@ -55,6 +55,8 @@ def _follow(
     while groups := [g for g in graph.groups if marked or not g.inexact]:
         trial = Trial(model, graph, record)
         found = trial.wrong(groups)
+        if found is None:  # and those that lose alike do not follow each other
+            found = trial.wrong(groups[::2], most=True)
         if found is None:
             break
         wrong: set[Site] = set()
@@ -88,7 +90,7 @@ def _sites(record: Record) -> dict[Site, list[Spelled]]:
     sites: dict[Site, list[Spelled]] = {}
     for spelled in record.spelled:
         module = record.modules.get(spelled.modules[-1]) if spelled.modules else None
-        if module is None or not synced(module):
+        if module is None or not synced(module) or not own(module):
             sites.setdefault(spelled.site, []).append(spelled)
     return sites
 
@@ -120,7 +122,7 @@ class Trial:
 
     def failing(self, groups: Sequence[Group], trials: int = 32) -> list[Group]:
         """Those of `groups` that the forward does not follow, by halving; with no trials left, whole halves."""
-        if not groups or self.wrong(groups) is None:
+        if not groups or (self.wrong(groups) is None and self.wrong(groups[::2], most=True) is None):
             return []
         if len(groups) == 1 or trials < 2:
             return list(groups)
@@ -128,7 +130,7 @@ class Trial:
         parts = (groups[:half], groups[half:])
         return [g for part in parts for g in self.failing(part, trials // 2 - 1)] or list(groups)
 
-    def wrong(self, groups: Iterable[Group]) -> set[Site] | None:
+    def wrong(self, groups: Sequence[Group], most: bool = False) -> set[Site] | None:
         """None if the forward follows when some channels of each of `groups` go, else the lines where it did not.
 
         The set is empty where the failure shows only later, in a line that spells no number.
@@ -136,8 +138,11 @@ class Trial:
         keep = self.graph.keep_all()
         for group in groups:  # another number of each, any of them: what fits one choice by chance fits no other
             some = np.random.default_rng(group.start)
-            gone = some.integers(1, max(2, group.channels // 2 + 1)) if group.channels > 1 else 0
+            gone = group.channels - 1
+            if gone > 1 and not most:
+                gone = int(some.integers(1, group.channels // 2 + 1))
             keep[group.start + some.choice(group.channels, gone, replace=False)] = False
+        self._touch_every_number(groups, keep)
         try:
             programs = _captured(self.model, self.record.calls, lambda trial: remove_(trial, self.graph, keep))
         except ConvpareError as error:  # whatever the user's forward raises when a size no longer fits
@@ -145,6 +150,20 @@ class Trial:
         if not all(map(_same_constants, programs, self.record.constants)):
             return set()
         return self._compare([node for program in programs for node in program.graph.nodes], keep)
+
+    def _touch_every_number(self, groups: Sequence[Group], keep: np.ndarray) -> None:
+        """Of the channels that each number counts let one go at least, where its group keeps another."""
+        tried = np.zeros(len(keep), bool)
+        for group in groups:
+            tried[group.units] = group.channels > 1
+        starts = [g.start for g in self.graph.groups]
+        for rewrite in self.graph.rewrites:
+            units = rewrite.count.units[rewrite.count.units >= 0]
+            units = units[tried[units]]
+            if len(units) and keep[units].all():
+                group = self.graph.groups[int(np.searchsorted(starts, units[0], side="right")) - 1]
+                if keep[group.units].sum() > 1:
+                    keep[units[0]] = False
 
     def _lines_of(self, error: ConvpareError) -> set[Site]:
         cause: BaseException = error.__cause__ or error
@@ -161,9 +180,8 @@ class Trial:
             return set()
         for node, (dense, value) in zip(nodes, self.record.values.items(), strict=True):
             args, kwargs = rewritten(dense.args, dense.kwargs, self.rewrites.get(dense.name, ()), keep)
-            same = operator_name(node) == operator_name(dense) and _numbers([args, kwargs]) == _numbers(
-                [node.args, node.kwargs]
-            )
+            same = operator_name(node) == operator_name(dense)
+            same = same and _numbers(_filled(dense, args, kwargs)) == _numbers(_filled(node, node.args, node.kwargs))
             if not same or not _as_foretold(node.meta.get("val"), value, stays):
                 return {s.site for s in self.record.spelled if s.node is dense}
         return None
@@ -187,6 +205,15 @@ def _same_constants(program: ExportedProgram, known: Mapping[str, Tensor]) -> bo
     return all(name in known and torch.equal(program.constants[name], known[name]) for name in names)
 
 
+def _filled(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """All arguments of an operator in the order of its schema, defaults too."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return [*args, *kwargs.values()]
+    given = dict(zip([a.name for a in schema.arguments], args, strict=False)) | dict(kwargs)
+    return [given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments]
+
+
 def _numbers(tree: Any) -> list[Any]:
     """The numbers in the arguments of a node, those that stand for "to the end" apart."""
     if isinstance(tree, dict):
@@ -204,7 +231,7 @@ def _as_foretold(result: Any, value: Any, stays: Tensor) -> bool:
         return True
     shape = list(value.shape)
     for axis in range(value.ndim):
-        for field in value.on(axis):
-            rows = stays[field].movedim(axis, 0).reshape(field.shape[axis], -1)
-            shape[axis] = int(rows.any(1).sum())
+        rows = [stays[f].movedim(axis, 0).reshape(f.shape[axis], -1).any(1) for f in value.on(axis)]
+        if rows:  # several kinds of channels on one axis: an element stays if each of its channels does
+            shape[axis] = int(torch.stack(rows).all(0).sum())
     return shape == list(result.shape)

@@ -63,7 +63,7 @@ def read(model: nn.Module, args: tuple[Tensor, ...]) -> Record:
     interpreter = Interpreter(model, "module", args)
     record = interpreter.run(parts, {})
     for name, value in interpreter.t.tensors.items():
-        if name.rpartition(".")[0] in outside:
+        if name in outside:
             freeze_values(interpreter.t, [value], f"{name} is read where nothing could be captured, too")
     return record
 
@@ -85,6 +85,8 @@ class Interpreter:
             for node in part.program.graph.nodes:
                 t.node = node
                 self.values[node] = getattr(self, f"_{node.op}")(node)
+        for labels, reason in t.sums if t.spoiled else ():
+            t.labels.mark_inexact(labels, reason)
         settle(t.labels, t.packed)
         spelled = counting(t.labels, t.spelled)
         known = {name: tuple(p.shape) for name, p in t.root.named_parameters() if name not in t.tensors}

@@ -1,7 +1,7 @@
 """What a rule sees of the trace, and what it may say: a `Tracer` is handed to every rule as `t`."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -48,8 +48,11 @@ class Tracer:
 
     def __post_init__(self) -> None:
         self.node: Node = cast(Node, None)
+        self.spoiled = False  # an operator wrote in place what is not zero where a channel is
+        self.sums: list[tuple[Tensor, str]] = []
         self.part = ""  # the submodule that was captured
         self.tensors: dict[str, Value] = {}  # parameters and buffers
+        self.parameters = {name for name, _ in self.root.named_parameters()}
         self.names: dict[str, str] = {}  # node → the parameter or buffer that it is
         self.slots: dict[Axis, int] = {}
         self.layers: dict[str, Layer] = {}
@@ -108,11 +111,12 @@ class Tracer:
     # -------------------------------------------------------------------------------------------------- what it may say
 
     def add_layer(
-        self, kind: str, weight: Value, bias: Value | None, positions: int, outputs: int, groups: int = 1
-    ) -> None:
-        """Count this call of a convolution or linear layer."""
+        self, kind: str, weight: Value, bias: Value | None, slots: Sequence[Tensor], positions: int, outputs: int,
+        groups: int = 1,
+    ) -> None:  # fmt: skip
+        """Count this call of a convolution or linear layer; `slots` are the labels of its weight's output and input."""
         out_axis, in_axis = (1, 0) if kind == "conv_transpose" else (0, 1)
-        name = weight.name or self._origin(weight.shape)
+        name = weight.name or self._origin(weight.shape, dict(zip((out_axis, in_axis), slots, strict=True)))
         if name is None:
             self.uncounted[f"{self.name.removeprefix('aten.')} with a computed weight"] += 1
             return
@@ -125,8 +129,8 @@ class Tracer:
             owner, kind, name, bias_name, out_axis, in_axis, positions, outputs, groups, computed
         )  # fmt: skip
 
-    def _origin(self, shape: tuple[int, ...]) -> str | None:
-        """The one parameter of this shape from which the weight (argument 1) is computed."""
+    def _origin(self, shape: tuple[int, ...], slots: Mapping[int, Tensor]) -> str | None:
+        """The one parameter of this shape, with these labels, from which the weight (argument 1) is computed."""
         seen: set[Node] = set()
         waiting = [self.node.args[1]]
         while waiting:
@@ -134,8 +138,15 @@ class Tracer:
             if isinstance(node, Node) and node not in seen:
                 seen.add(node)
                 waiting += node.all_input_nodes
-        names = {self.names[node.name] for node in seen if node.name in self.names}
+        names = {self.names[n.name] for n in seen if n.name in self.names} & self.parameters
         alike = [name for name in names if self.tensors[name].shape == shape]
+        starts = {axis: int(labels[0]) for axis, labels in slots.items() if len(labels) > 1}
+        if (
+            len(alike) == 1
+            and shape[0] == shape[1]
+            and any(self.slots.get((alike[0], axis)) != n for axis, n in starts.items())
+        ):
+            return None  # its transposed, perhaps
         return alike[0] if len(alike) == 1 else None
 
     def spell(
@@ -161,6 +172,14 @@ class Tracer:
         for labels in x.fields:
             if any(labels.shape[a] > 1 for a in chosen):
                 self.labels.freeze(labels, reason)
+
+    def sum_over(self, labels: Tensor, zero: bool) -> None:
+        """Channels that are summed over: without some of them the sum is the same, if they are `zero` there."""
+        reason = f"{self.where} sums over them"
+        if zero:
+            self.sums.append((labels, reason))
+        else:
+            self.labels.mark_inexact(labels, reason)
 
     def pack(self, labels: Tensor) -> None:
         """Channels lie on several axes of a tensor: they must in the end go along one of them."""

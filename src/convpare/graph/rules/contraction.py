@@ -25,8 +25,7 @@ def contract(t: Tracer, operands: Sequence[tuple[str, Value]], out: str) -> Valu
     shape = [max(x.shape[n] for x in placed) for n in range(len(letters))]
     summed = [n for n, letter in enumerate(letters) if letter not in out]
     kept, gone = without(t, Value(tuple(shape), fields), summed)
-    if not any(x.zero for x in placed):
-        t.labels.mark_inexact(flat(gone), f"{t.where} sums over them")
+    t.sum_over(flat(gone), any(x.zero for x in placed))
     order = [letters.index(letter) for letter in out]
     kept = tuple(f.permute(order + summed).reshape([f.shape[a] for a in order]) for f in kept)
     return Value(tuple(shape[a] for a in order), kept, zero=all(x.zero for x in placed if x.fields))
@@ -92,9 +91,13 @@ def einsum(t: Tracer, equation: str, operands: Sequence[Value], **options: Any) 
 
 @rule("aten.scaled_dot_product_attention")
 def attention(
-    t: Tracer, q: Value, k: Value, v: Value, mask: Value | None = None, *_: Any, scale: float | None = None, **__: Any
-) -> Value:
+    t: Tracer, q: Value, k: Value, v: Value, mask: Value | None = None, *_: Any, scale: float | None = None,
+    enable_gqa: bool = False, **__: Any,
+) -> Value:  # fmt: skip
     """softmax(q·kᵀ · scale + mask)·v: heads go as a whole; a scale taken from their number changes with them."""
+    if enable_gqa:
+        t.labels.freeze(flat((*q.fields, *k.fields, *v.fields)), f"{t.where} shares keys among heads")
+        return Value(t.shape)
     batch = "".join(chr(ord("A") + n) for n in range(q.ndim - 2))
     if scale is None:
         for x in (q, k):
@@ -103,4 +106,6 @@ def attention(
     weights = contract(t, [(batch + "nd", q), (batch + "md", k)], batch + "nm")
     if mask is not None:
         weights = Value(weights.shape, met(t, [weights, aligned(mask, weights.shape)], "masks them with"))
+    _, attended = without(t, weights, [-1])
+    t.labels.mark_inexact(flat(attended), f"{t.where} normalises over them")
     return contract(t, [(batch + "nm", Value(weights.shape, weights.fields)), (batch + "me", v)], batch + "ne")

@@ -18,7 +18,7 @@ def convolution(t: Tracer, x: Value, weight: Value, bias: Value | None = None, *
     axis = x.ndim - weight.ndim + 1
     out, into = slots_of(t, weight, 0), slots_of(t, weight, 1)
     positions = math.prod(t.shape) // t.shape[axis]
-    t.add_layer("conv", weight, bias, positions, positions, groups)
+    t.add_layer("conv", weight, bias, (out, into), positions, positions, groups)
     reason = f"{t.where} reads {NOT_OURS}"
     if groups == 1:
         couple_axis(t, x, axis, into, reason)
@@ -40,7 +40,7 @@ def transposed_convolution(
     axis = x.ndim - weight.ndim + 1
     into, out = slots_of(t, weight, 0), slots_of(t, weight, 1)
     positions, outputs = math.prod(x.shape) // x.shape[axis], math.prod(t.shape) // t.shape[axis]
-    t.add_layer("conv_transpose", weight, bias, positions, outputs, groups)
+    t.add_layer("conv_transpose", weight, bias, (out, into), positions, outputs, groups)
     couple_axis(t, x, axis, into, f"{t.where} reads {NOT_OURS}")
     if groups > 1 and len(out) == 1:  # depthwise: a group goes as a whole
         out = together(t, into, groups)
@@ -65,7 +65,7 @@ def _output(t: Tracer, axis: int, out: Tensor, bias: Value | None) -> Value:
 def linear(t: Tracer, x: Value, weight: Value, bias: Value | None = None) -> Value:
     out, into = slots_of(t, weight, 0), slots_of(t, weight, 1)
     positions = math.prod(t.shape[:-1])
-    t.add_layer("linear", weight, bias, positions, positions)
+    t.add_layer("linear", weight, bias, (out, into), positions, positions)
     labels = axis_labels(t, x, -1)
     if labels is None:
         t.labels.freeze(into, f"{t.where} reads features that are not the network's channels")

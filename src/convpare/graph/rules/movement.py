@@ -12,14 +12,32 @@ from convpare.graph.labels import Value, compact, support
 from convpare.graph.rules.common import alike, along, axis_labels, executed, flat, without
 from convpare.graph.rules.pointwise import met
 from convpare.graph.rules.registry import aten, rule
+from convpare.graph.structure import Path
 from convpare.graph.tracer import Tracer
 
 
-@rule(*aten("""permute transpose t movedim moveaxis swapaxes flatten unsqueeze squeeze squeeze_ unsqueeze_ numpy_T
-adjoint mT swapdims ravel flip fliplr flipud repeat tile repeat_interleave unfold"""))  # fmt: skip
+@rule(*aten("""permute transpose t movedim moveaxis swapaxes flatten unsqueeze unsqueeze_ numpy_T adjoint mT swapdims
+ravel flip fliplr flipud repeat tile repeat_interleave"""))  # fmt: skip
 def move(t: Tracer, x: Value, *args: Any, **kwargs: Any) -> Value:
     """No number of channels stands in their arguments."""
     return x.like(t.shape, [executed(t, x, f, args, kwargs) for f in x.fields])
+
+
+@rule(*aten("squeeze squeeze_"))
+def squeeze(t: Tracer, x: Value, dims: Any = (), *_: Any, **__: Any) -> Value:
+    """An axis of channels that may be squeezed must not come down to one of them: two stay."""
+    named = [d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)] or range(x.ndim)
+    for axis in named:
+        for field in x.on(axis):
+            t.labels.freeze(field.narrow(axis, 0, 2), f"{t.where} would take an axis of one channel away")
+    return x.like(t.shape, [executed(t, x, f, (dims,) if dims != () else (), {}) for f in x.fields])
+
+
+@rule("aten.unfold")
+def windows(t: Tracer, x: Value, dim: int, *args: int) -> Value:
+    kept, gone = without(t, x, [dim])
+    t.labels.freeze(flat(gone), f"{t.where} lays windows over them")
+    return x.like(t.shape, [executed(t, x, f, (dim, *args), {}) for f in kept])
 
 
 @rule(*aten("view reshape _unsafe_view unflatten view_as reshape_as"))
@@ -32,8 +50,9 @@ def reshape(t: Tracer, x: Value, *args: Any, **kwargs: Any) -> Value:
             t.pack(moved)
         fields.append(moved)
     out = x.like(t.shape, fields)
-    if not t.name.endswith("_as"):
-        _spell_shape(t, out)
+    if t.name.endswith("_as"):  # the sizes of another tensor
+        return x.like(t.shape, met(t, [out, args[0]], "gives them the sizes of"))
+    _spell_shape(t, out)
     return out
 
 
@@ -43,10 +62,14 @@ def expand(t: Tracer, x: Value, *args: Any, **kwargs: Any) -> Value:
     missing = len(t.shape) - x.ndim
     fields = [f.reshape(*[1] * missing, *f.shape) for f in x.fields]
     made = [a for a, size in enumerate(t.shape) if size > 1 and (a < missing or x.shape[a - missing] == 1)]
+    if t.name == "aten.expand_as":
+        likes = [f for f in args[0].fields if set(support(f)) & set(made)]
+        here = Value(t.shape, tuple(likes))
+        own = Value((*[1] * missing, *x.shape), tuple(fields))
+        return Value(t.shape, met(t, [own, here], "gives them the sizes of") if likes else tuple(fields))
     fields += [along(t.labels.new(t.shape[a]), a, len(t.shape)) for a in made]
-    out = x.like(t.shape, fields)
-    if t.name != "aten.expand_as":
-        _spell_shape(t, out)
+    out = Value(t.shape, tuple(fields))
+    _spell_shape(t, out)
     return out
 
 
@@ -96,9 +119,10 @@ def _column(field: Tensor, axis: int) -> Tensor:
 def pick_range(t: Tracer, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     """The numbers that bound the range count channels; a step takes every step-th of what is left."""
     size = x.shape[dim]
-    if t.name == "aten.narrow":
-        end = start + end
     begin, stop, step = slice(start, end, step).indices(size)
+    if t.name == "aten.narrow":
+        begin = start % size
+        stop = begin + end
     fields = []
     for field in x.fields:
         if field.shape[dim % x.ndim] > 1:
@@ -106,8 +130,15 @@ def pick_range(t: Tracer, x: Value, dim: int = 0, start: Any = None, end: Any = 
         index = [slice(None)] * x.ndim
         if field.shape[dim % x.ndim] > 1:
             index[dim % x.ndim] = slice(begin, stop, step)
-        fields.append(compact(field[tuple(index)]))
+        fields.append(_part(t, field, compact(field[tuple(index)]), t.shape, dim % x.ndim))
     return x.like(t.shape, fields)
+
+
+def _part(t: Tracer, field: Tensor, part: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    """A part of an axis of channels; one channel alone has no axis to be told by, and stays."""
+    if field.shape[axis] > 1 and shape[axis] == 1:
+        t.labels.freeze(part, f"{t.where} makes a part of one channel")
+    return part
 
 
 def _bounds(t: Tracer, field: Tensor, axis: int, begin: int, stop: int, step: int) -> None:
@@ -120,7 +151,10 @@ def _bounds(t: Tracer, field: Tensor, axis: int, begin: int, stop: int, step: in
         if rest.shape[axis]:
             t.labels.unify(rest.narrow(axis, 0, 1), rest)
     if t.name == "aten.narrow":
-        t.spell((2,), field, axis, (0, begin))
+        if t.form == "module" and t.node.args[2] != begin:
+            _from_the_end(t, field, axis, (begin, size), (2,))
+        else:
+            t.spell((2,), field, axis, (0, begin))
         t.spell((3,), field, axis, (begin, stop))
         return
     for position, bound in ((2, begin), (3, stop)):
@@ -132,6 +166,11 @@ def _bounds(t: Tracer, field: Tensor, axis: int, begin: int, stop: int, step: in
             t.spell((position,), field, axis, (bound, size), sign=-1)
         elif isinstance(written, int) and written <= size:
             t.spell((position,), field, axis, (0, bound))
+
+
+def _from_the_end(t: Tracer, field: Tensor, axis: int, span: tuple[int, int], path: Path) -> None:
+    t.labels.freeze(field.narrow(axis, span[1] - 1, 1), f"{t.where} counts from the last of them")  # -0 is the front
+    t.spell(path, field, axis, span, sign=-1)
 
 
 @rule("aten.select")
@@ -180,17 +219,28 @@ def index_select(t: Tracer, x: Value, dim: int, index_: Value) -> Value:
     return x.like(t.shape, fields)
 
 
-@rule("aten.index", "aten.gather", "aten.take_along_dim")
-def index(t: Tracer, x: Value, *args: Any, **__: Any) -> Value:
+@rule("aten.index")
+def index(t: Tracer, x: Value, positions: Sequence[Value | None]) -> Value:
     """Axes that are picked from by computed positions stay, the others pass."""
-    axes = [axis for axis, chosen in enumerate(args[0]) if chosen is not None] if t.name == "aten.index" else [args[0]]
-    return _index(t, x, axes, args)
+    return _index(t, x, [axis for axis, chosen in enumerate(positions) if chosen is not None], (positions,))
 
 
 def _index(t: Tracer, x: Value, axes: Sequence[int], args: Sequence[Any]) -> Value:
+    for chosen in args[-1] if isinstance(args[-1], list | tuple) else args[-1:]:
+        if isinstance(chosen, Value):
+            t.labels.freeze(flat(chosen.fields), f"{t.where} picks by them")
     kept, gone = without(t, x, axes)
     t.labels.freeze(flat(gone), f"{t.where} picks channels by computed positions")
     return x.like(t.shape, [executed(t, x, field, _at_zero(args), {}) for field in kept])
+
+
+@rule("aten.gather", "aten.take_along_dim")
+def gather(t: Tracer, x: Value, dim: int, positions: Value, **__: Any) -> Value:
+    """Along `dim` by computed positions; every other axis is that of the positions."""
+    kept, gone = without(t, x, [dim])
+    t.labels.freeze(flat(gone), f"{t.where} picks channels by computed positions")
+    ours = Value((*x.shape[: dim % x.ndim], 1, *x.shape[dim % x.ndim + 1 :]), kept)
+    return x.like(t.shape, met(t, [ours, positions], "picks by"))
 
 
 def _at_zero(args: Sequence[Any]) -> list[Any]:
@@ -223,6 +273,9 @@ def split(t: Tracer, x: Value, *args: Any, **kwargs: Any) -> tuple[Value, ...]:
     for field in x.fields:
         for part, moved in zip(parts, t.target(field.expand(x.shape), *args, **kwargs), strict=True):
             part.append(compact(moved))
+        for moved, shape in zip([p[-1] for p in parts], t.shapes, strict=True):
+            if t.name != "aten.unbind":
+                _part(t, field, moved, shape, dim)
     return tuple(x.like(shape, fields) for shape, fields in zip(t.shapes, parts, strict=True))
 
 
@@ -235,9 +288,10 @@ def _tie_parts(t: Tracer, field: Tensor, dim: int) -> None:
         return
     sizes = [shape[dim] for shape in t.shapes]
     written = t.node.args[1] if len(t.node.args) > 1 else None
+    if isinstance(written, list | tuple) and t.name == "aten.tensor_split":
+        t.labels.freeze(field, f"{t.where} splits them at positions written in its forward")
+        return
     if isinstance(written, list | tuple):
-        if t.name == "aten.tensor_split":
-            t.labels.freeze(field, f"{t.where} splits them at positions written in its forward")
         starts = [sum(sizes[:n]) for n in range(len(sizes))]
         for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             t.spell((1, number), field, dim, (start, start + size))

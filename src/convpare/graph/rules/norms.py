@@ -64,7 +64,8 @@ def layer_norm(t: Tracer, x: Value, normalized_shape: Sequence[int], *parameters
             t.spell((1, axis - first), labels)
         for parameter in affine:
             _match(t, parameter, axis - first, labels)
-    return Value(t.shape, fields, zero=len(affine) == 2 or x.zero)
+    inside = all(set(support(f)) <= set(range(first, x.ndim)) for f in fields)
+    return Value(t.shape, fields, zero=len(affine) == 2 and inside)
 
 
 def _match(t: Tracer, parameter: Value, axis: int, labels: Tensor | None) -> None:
@@ -82,6 +83,9 @@ def group_norm(
 ) -> Value:
     """A whole group of the norm goes without touching the others; with one group in all they are averaged over."""
     parameters = [p for p in (weight, bias) if p is not None]
+    outside, inside = without(t, x, range(2, x.ndim))
+    t.labels.mark_inexact(flat(inside), f"{t.where} normalises over them")
+    x = x.like(x.shape, (*outside, *inside))
     labels = axis_labels(t, x, 1)
     if labels is None:
         freeze_values(t, parameters, f"{t.where} normalises {NOT_OURS}")
@@ -92,7 +96,7 @@ def group_norm(
         t.spell((1,), together(t, labels, groups))
     t.has_features(labels)
     _couple(t, labels, parameters)
-    return Value(t.shape, x.fields, zero=len(parameters) == 2 or x.zero)
+    return Value(t.shape, x.fields, zero=len(parameters) == 2 and not inside)
 
 
 @rule(*aten("softmax log_softmax _softmax _log_softmax"))

@@ -6,27 +6,36 @@ from typing import Any
 from torch import Tensor
 
 from convpare.graph.labels import Value, support
-from convpare.graph.rules.common import without
+from convpare.graph.rules.common import flat, without
 from convpare.graph.rules.registry import aten, rule
 from convpare.graph.tracer import Tracer
 
 ZERO_STAYS = """relu relu_ relu6 hardtanh hardtanh_ silu silu_ hardswish hardswish_ gelu elu elu_ celu selu selu_
-leaky_relu leaky_relu_ mish mish_ tanh tanh_ sqrt abs neg square erf sin dropout dropout_ feature_dropout alpha_dropout
+leaky_relu leaky_relu_ mish mish_ tanh tanh_ sqrt abs neg square erf sin log1p
 contiguous clone detach alias to _to_copy type_as lift_fresh_copy zeros_like floor round hardshrink softshrink identity
-softsign nan_to_num rrelu"""
-ZERO_MOVES = """sigmoid sigmoid_ hardsigmoid hardsigmoid_ softplus exp log rsqrt cos reciprocal bernoulli ones_like
-logical_not bitwise_not threshold log_sigmoid isnan full_like rand_like randn_like log1p acos"""
+softsign nan_to_num"""
+ZERO_MOVES = """sigmoid sigmoid_ hardsigmoid hardsigmoid_ softplus exp log rsqrt cos reciprocal ones_like
+logical_not bitwise_not threshold log_sigmoid isnan full_like acos"""
 
 
 def _unary(zero: bool) -> Any:
     def unary(t: Tracer, x: Value, *_: Any, **__: Any) -> Value:
-        return Value(t.shape, x.fields, zero=zero and x.zero)
+        return written(t, Value(t.shape, x.fields, zero=zero and x.zero))
 
     return unary
 
 
 rule(*aten(ZERO_STAYS))(_unary(True))
 rule(*aten(ZERO_MOVES))(_unary(False))
+
+
+@rule(*aten("dropout dropout_ feature_dropout feature_dropout_ alpha_dropout rrelu bernoulli rand_like randn_like"))
+def random(t: Tracer, x: Value, *args: Any, **__: Any) -> Value:
+    """Numbers that are drawn for fewer channels are others; a dropout of the evaluation mode draws none."""
+    switched_off = t.name.startswith("aten.rrelu") or (len(args) > 1 and args[1] is False)
+    if not switched_off or (t.name == "aten.rrelu" and len(args) > 2 and args[2]):
+        t.labels.freeze(flat(x.fields), f"{t.where} draws random numbers for them")
+    return Value(t.shape, x.fields, zero=x.zero and switched_off)
 
 
 NARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ maximum minimum atan2 where lerp addcmul addcdiv
@@ -38,7 +47,19 @@ clamp_min clamp_min_ clamp_max clamp_max_ bitwise_and bitwise_or floor_divide"""
 def pointwise(t: Tracer, *args: Any, **kwargs: Any) -> Value:
     """Operands that meet element by element have the same channels."""
     operands = [aligned(a, t.shape) for a in (*args, *kwargs.values()) if isinstance(a, Value)]
-    return Value(t.shape, met(t, operands, "combines them with"), _zero(t.name, args))
+    fields = met(t, operands, "combines them with")
+    covered = [x.zero and _axes(x.fields) >= _axes(fields) for x in operands]
+    return written(t, Value(t.shape, fields, _zero(t.name, args, covered)))
+
+
+def written(t: Tracer, out: Value) -> Value:
+    """The result of an operator; one that writes in place where zeros were may have written into another tensor."""
+    t.spoiled = t.spoiled or (t.name.endswith("_") and not out.zero)
+    return out
+
+
+def _axes(fields: Sequence[Tensor]) -> set[int]:
+    return {axis for field in fields for axis in support(field)}
 
 
 def met(t: Tracer, operands: Sequence[Value], says: str) -> tuple[Tensor, ...]:
@@ -48,6 +69,8 @@ def met(t: Tracer, operands: Sequence[Value], says: str) -> tuple[Tensor, ...]:
         others = [*operands[:number], *operands[number + 1 :]]
         for field in operand.fields:
             lonely = [a for a in support(field) if any(o.shape[a] > 1 and not o.on(a) for o in others)]
+            if not support(field):  # a single channel
+                continue
             if len(lonely) == len(support(field)):
                 t.labels.freeze(field, f"{t.where} {says} a tensor of fixed size")
                 continue
@@ -71,21 +94,19 @@ def _overlapping(field: Tensor, fields: Sequence[Tensor]) -> list[Tensor]:
     return [f for f in fields if axes & set(support(f))]
 
 
-def _zero(name: str, args: Sequence[Any]) -> bool:
-    """Whether a removed channel is zero after the operator if it is before."""
+def _zero(name: str, args: Sequence[Any], covered: Sequence[bool]) -> bool:
+    """Whether a removed channel is zero after the operator; `covered`: whether it is in each of the tensors before."""
     kind = name.removeprefix("aten.").removesuffix("_")
-    zeros = [x.zero if isinstance(x, Value) else x == 0 for x in args if isinstance(x, Value | int | float)]
-    if kind in ("add", "sub", "rsub"):
-        return all(zeros[:2])
+    numbers = [a for a in args[:2] if isinstance(a, int | float)]
+    if kind in ("add", "sub", "rsub", "maximum", "minimum", "lerp"):
+        return all(covered) and not any(numbers)
     if kind == "mul":
-        return any(isinstance(x, Value) and x.zero for x in args)
+        return any(covered)
     if kind in ("div", "true_divide", "fmod", "remainder"):
-        return zeros[0]
+        return isinstance(args[0], Value) and covered[0]
     if kind == "pow":
-        return zeros[0] and isinstance(args[1], int | float) and args[1] > 0
-    if kind in ("maximum", "minimum", "lerp"):
-        return all(zeros[:2])
-    return kind in ("where", "copy") and all(isinstance(x, Value) and x.zero for x in args[1:])
+        return isinstance(args[0], Value) and covered[0] and all(n > 0 for n in numbers) and len(numbers) == 1
+    return kind in ("where", "copy") and all(covered[1:])
 
 
 @rule("aten.stack")

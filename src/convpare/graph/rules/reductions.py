@@ -46,6 +46,8 @@ def reduction(t: Tracer, x: Value, dim: Any = None, *_: Any, **options: Any) -> 
 
 @rule("aten.linalg_vector_norm", "aten.norm")
 def vector_norm(t: Tracer, x: Value, order: Any = 2, dim: Any = None, *_: Any, **options: Any) -> Value:
+    if not isinstance(order, int | float) or order <= 0:
+        t.labels.freeze(flat(x.fields), f"{t.where} of order {order} takes zeros into account")
     return _reduced(t, x, options.get("dim", dim), t.shape)
 
 
@@ -72,18 +74,21 @@ def _reduced(t: Tracer, x: Value, dim: Any, shape: Sequence[int]) -> Value:
     kind = t.name.removeprefix("aten.")
     if kind not in AVERAGES:
         t.labels.freeze(flat(gone), f"{t.where} reduces over them")
-    elif kind not in EXACT or not x.zero:
+    elif kind in EXACT:
+        t.sum_over(flat(gone), x.zero)
+    else:
         t.labels.mark_inexact(flat(gone), f"{t.where} averages over them")
     if len(shape) < x.ndim:
         kept = squeezed(kept, dims, x.ndim)
-    return x.like(shape, kept)
+    return Value(tuple(shape), kept, x.zero and kind not in ("logsumexp", "all"))
 
 
 @rule("aten.im2col")
 def im2col(t: Tracer, x: Value, kernel: Sequence[int], *_: Any) -> Value:
     """(…, C, H, W) → (…, C · kernel, positions): every channel becomes as many as the kernel has taps."""
     fields = _image_channels(t, x)
-    return x.like(t.shape, [f.squeeze(-1).repeat_interleave(math.prod(kernel), -2) for f in fields])
+    lines = [f.squeeze(-1) for f in fields]
+    return x.like(t.shape, [f.repeat_interleave(math.prod(kernel), -2) if f.shape[-2] > 1 else f for f in lines])
 
 
 @rule("aten.col2im")
