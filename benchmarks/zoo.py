@@ -61,6 +61,7 @@ T = TypeVar("T")
 _kept: list[Any] = []
 
 ABOUT = """Written by `make zoo`; benchmarks/zoo.py says what is measured, and how. {versions}. Left out: {left_out}.
+Measured so far, cheapest first: {count} of {total} models.
 
 Prunable: the share of the MACs that a removal can lower, 0 for a net that cannot be captured. Error: of the self-check
 in float64 with 30 % of every group gone, relative to the largest output; effect: the same between the dense net and the
@@ -671,6 +672,7 @@ def tables(store: Store) -> str:
     return "\n\n".join([
         "# The zoos", ABOUT.format(
             versions=", ".join(f"{name} {version}" for name, version in store.versions.items()),
+            count=len(models), total=sum(not excluded(n, size) for n, size in store.sizes.items()),
             left_out=", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none",
         ),
         table(["", *head], totals), "## Families", table(["library", "family", "", *head], rows),

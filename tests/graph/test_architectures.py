@@ -74,16 +74,27 @@ def test_torchvision(name: str):
 
 def shallow(name: str) -> nn.Module:
     """The same architectures with fewer layers where there are many alike."""
-    models = torchvision.models
-    if name == "densenet121":
-        return models.DenseNet(8, (2, 3, 2), 16, num_classes=10)
-    if name == "resnext50_32x4d":
-        return models.ResNet(models.resnet.Bottleneck, [1, 2, 1, 1], 10, groups=32, width_per_group=4)
     if name == "vgg11_bn":
-        vgg = models.VGG(models.vgg.make_layers([16, "M", 24, "M", 32, 32, "M"], batch_norm=True), num_classes=10)
+        features = torchvision.models.vgg.make_layers([16, "M", 24, "M", 32, 32, "M"], batch_norm=True)
+        vgg = torchvision.models.VGG(features, num_classes=10)
         vgg.classifier = nn.Sequential(nn.Linear(32 * 7 * 7, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10))
         return vgg
-    return build_torchvision(name)
+    models, block = torchvision.models, torchvision.models.efficientnet.MBConvConfig
+    builds: dict[str, Build] = {
+        "densenet121": lambda: models.DenseNet(8, (2, 3, 2), 16, num_classes=10),
+        "resnext50_32x4d": lambda: models.ResNet(
+            models.resnet.Bottleneck, [1, 2, 1, 1], 10, groups=32, width_per_group=4
+        ),
+        "mobilenet_v2": lambda: models.MobileNetV2(
+            10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
+        ),
+        "efficientnet_b0": lambda: models.EfficientNet(
+            [block(1, 3, 1, 32, 16, 1, 1, 1), block(6, 3, 2, 16, 24, 2, 1, 1), block(6, 5, 2, 24, 40, 1, 1, 1)], 0.2,
+            num_classes=10,
+        ),
+        "shufflenet_v2_x1_0": lambda: models.ShuffleNetV2([2, 3, 2], [24, 48, 96, 192, 256], 10),
+    }  # fmt: skip
+    return builds[name]() if name in builds else build_torchvision(name)
 
 
 # name → layers, groups, removable channels of the graph form
@@ -91,8 +102,11 @@ SHALLOW = {
     **{name: numbers[1:] for name, numbers in TORCHVISION.items()},
     "densenet121": (18, 17, 16 + 7 * (32 + 8) + 16 + 20),
     "resnext50_32x4d": (21, 15, 64 + 256 + 512 + 1024 + 2048 + 2 * (4 + 2 * 8 + 16 + 32)),
+    "mobilenet_v2": (14, 8, 32 + 16 + 96 + 24 + 144 + 144 + 32 + 1280),
+    "efficientnet_b0": (22, 12, 32 + 8 + 16 + 96 + 4 + 24 + 144 + 6 + 144 + 6 + 40 + 160),
+    # each shuffle is a choice of positions: 3 convolutions in the first block of a stage make channels, then 2 in each
+    "shufflenet_v2_x1_0": (30, 28, 24 + 24 * (3 + 2) + 48 * (3 + 2 * 2) + 96 * (3 + 2) + 256),
     "vgg11_bn": (6, 5, 16 + 24 + 32 + 32 + 16),
-    "shufflenet_v2_x1_0": (57, 90, 5630),  # shuffled one by one, where the module keeps two equal halves
 }
 
 
@@ -124,7 +138,7 @@ def vit() -> nn.Module:
 
 
 def swin() -> nn.Module:
-    return awake(torchvision.models.SwinTransformer([2, 2], 24, [2, 2], [3, 6], [2, 2], num_classes=5))
+    return awake(torchvision.models.SwinTransformer([2, 2], 24, [2, 1], [3, 6], [2, 2], num_classes=5))
 
 
 def convnext() -> nn.Module:
@@ -158,14 +172,13 @@ NORMED: dict[str, tuple[Build, int, dict[str, tuple[list[tuple[str, int]], list[
         16,
         {
             "module": (  # the heads' channels are `C // num_heads`
-                [(f"features.{s}.{n}.mlp.0", size) for s, size in [(1, 96), (3, 192)] for n in range(2)],
+                [("features.1.0.mlp.0", 96), ("features.1.1.mlp.0", 96), ("features.3.0.mlp.0", 192)],
                 [],
             ),
             "graph": (
                 [
                     (f"features.{stage}.{n}.{layer}", size)
-                    for stage, heads, wide in [(1, 3, 96), (3, 6, 192)]
-                    for n in range(2)
+                    for stage, n, heads, wide in [(1, 0, 3, 96), (1, 1, 3, 96), (3, 0, 6, 192)]
                     for layer, size in [("attn.qkv", heads), ("mlp.0", wide)]
                 ],
                 [("features.0.0", 24), ("features.2.reduction", 48)],

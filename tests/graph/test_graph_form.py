@@ -653,8 +653,6 @@ def written(y: Tensor) -> Tensor:
 
 
 WRONG = {
-    **{("looked up by channels", form): "channels of an index are not followed" for form in FORMS},
-    ("noise of as many channels", "graph"): "what is drawn for fewer channels is something else",
     **{
         (f"divided by {what}", form): "0 / 0 in the zeroed network, while the smaller one is right"
         for what in ("a parameter", "their length")

@@ -77,6 +77,8 @@ def expand(t: Tracer, x: Value, *args: Any, **kwargs: Any) -> Value:
 def created(t: Tracer, *args: Any, **kwargs: Any) -> Value:
     fields = [along(t.labels.new(size), axis, len(t.shape)) for axis, size in enumerate(t.shape) if size > 1]
     out = Value(t.shape, tuple(fields), zero=t.name in ("aten.zeros", "aten.new_zeros"))
+    if "rand" in t.name:
+        t.labels.freeze(flat(fields), f"{t.where} draws random numbers for them")
     _spell_shape(t, out)
     return out
 
@@ -258,7 +260,7 @@ def _at_zero(args: Sequence[Any]) -> list[Any]:
 def embedding(t: Tracer, table: Value, index: Value, *_: Any) -> Value:
     """Every row of the table is one input's channels."""
     kept, gone = without(t, table, [0])
-    t.labels.freeze(flat(gone), f"{t.where} looks them up")
+    t.labels.freeze(flat((*gone, *index.fields)), f"{t.where} looks them up")
     return Value(t.shape, tuple(along(f.reshape(-1), len(t.shape) - 1, len(t.shape)) for f in kept))
 
 
