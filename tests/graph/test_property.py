@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 FOUND: list[list[fuzz.Finding]] = []
 
 
-@settings(max_examples=45, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31 - 1), size=st.integers(1, 14))
 def test_zeroed_is_removed(seed: int, size: int):
     try:
