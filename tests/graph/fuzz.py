@@ -298,10 +298,7 @@ class Plan:
 MAIN = """SHAPES = {shapes}
 
 if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, "/work/main/tests/graph")
-    import fuzz
+    import fuzz  # run it with PYTHONPATH=tests/graph
 
     fuzz.explain(Net, SHAPES, seed={seed})
 """

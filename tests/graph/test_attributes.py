@@ -380,7 +380,10 @@ def test_an_attribute_that_is_a_bound_and_a_position():
         def forward(self, x: Tensor) -> Tensor:
             return x[:, : self.n].relu() * x[:, -self.n][:, None]
 
-    trace(Around(Position(), 3), IMAGE)
+    model = Around(Position(), 3)
+    graph = trace(model, IMAGE)
+    assert self_check(model, graph, random_keep(graph, 0)).passed
+    assert "n" not in {a.name for a in graph.attributes}
 
 
 class OwnConv(nn.Conv2d):

@@ -44,7 +44,7 @@ def to_json(net: fx.GraphModule) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> fx.GraphModule:
-    """The module that `to_json` described, with tensors of its shapes and any content, in evaluation mode.
+    """The module that `to_json` described, with empty tensors of its kinds, in evaluation mode.
 
     Raises:
         ConvpareError: it names an operator or a module that is not PyTorch's, or contradicts itself.
@@ -73,8 +73,8 @@ def _tensor_to_json(tensor: Tensor) -> dict[str, Any]:
 
 
 def _tensor_from_json(known: Mapping[str, Any]) -> Tensor:
-    tensor = torch.empty(known["shape"], dtype=_named("dtype", known["dtype"]), device="meta")
-    tensor = torch.empty(0, dtype=tensor.dtype).new_empty([0] * tensor.ndim)
+    """An empty one: the weights' file fills it."""
+    tensor = torch.empty([0] * len(known["shape"]), dtype=_named("dtype", known["dtype"]))
     return nn.Parameter(tensor, requires_grad=bool(known["grad"])) if known["kind"] == "parameter" else tensor
 
 

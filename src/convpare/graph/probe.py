@@ -81,7 +81,7 @@ def _has_numbers(node: Node) -> bool:
 
 
 def _reason(spelled: Sequence[Spelled]) -> str:
-    where = spelled[0].where if spelled else "the forward"
+    where = spelled[0].where if spelled else "a line that counts nothing itself"
     return f"{where} {FOLLOWS_NOT}"
 
 
@@ -136,7 +136,7 @@ class Trial:
         The set is empty where the failure shows only later, in a line that spells no number.
         """
         keep = self.graph.keep_all()
-        for group in groups:  # another number of each, any of them: what fits one choice by chance fits no other
+        for group in groups:  # some of each, any of them: what fits one by chance rarely fits another
             some = np.random.default_rng(group.start)
             gone = group.channels - 1
             if gone > 1 and not most:
