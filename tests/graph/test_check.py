@@ -127,7 +127,7 @@ def test_result_prints_and_serialises():
     assert SelfCheck(1e-9).passed
     assert not SelfCheck(1.1e-9).passed
     assert SelfCheck(0.5).to_json() == {
-        "passed": False, "max_relative_error": 0.5, "tolerance": 1e-9, "unproved": []
+        "passed": False, "max_relative_error": 0.5, "tolerance": 1e-9, "unproved": [], "narrow": None
     }  # fmt: skip
 
 
