@@ -23,7 +23,6 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from convpare.errors import ConvpareError
-from convpare.graph.grouping import aliases
 from convpare.graph.rewriting import by_node, replaced, rewritten
 from convpare.graph.structure import Graph, Path
 from convpare.graph.tracer import operator_name
@@ -51,9 +50,9 @@ class _Builder:
         self.shuffles = {s.node: s for s in graph.shuffles}
         self.root, self.new = nn.Module(), fx.Graph()
         self.known: dict[Node, Node] = {}
-        signature, names = program.graph_signature, aliases(model)
+        signature = program.graph_signature
         state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.names = {node: names.get(name, name) for node, name in state.items()}
+        self.names = {node: graph.aliases.get(name, name) for node, name in state.items()}
         self.constants = signature.inputs_to_lifted_tensor_constants
         self.batch: Node | None = None
         self.batched: dict[str, list[Path]] = defaultdict(list)
@@ -151,9 +150,8 @@ class _Builder:
 
     def _holds(self, owner: str, names: Mapping[str, str | None]) -> bool:
         """Whether these tensors are the module's own, under the names that a batch norm gives them."""
-        module = self.model.get_submodule(owner)
-        held = {**module._parameters, **module._buffers}
-        return all(name is None or held.get(key) is _get(self.model, name) for key, name in names.items())
+        own = {key: f"{owner}.{key}" for key in names}
+        return all(name is None or self.graph.aliases.get(own[key], own[key]) == name for key, name in names.items())
 
     def _make_norm(self, owner: str, ndim: int, names: Mapping[str, str | None], eps: Any, momentum: Any) -> None:
         original = self.model.get_submodule(owner)
