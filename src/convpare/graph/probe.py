@@ -138,7 +138,7 @@ class Trial:
         keep = self.graph.keep_all()
         for group in groups:  # some of each, any of them: what fits one by chance rarely fits another
             some = np.random.default_rng(group.start)
-            gone = group.channels - 1
+            gone = group.channels - (2 if group.inexact and group.channels > 2 else 1)  # one alone has no variance
             if gone > 1 and not most:
                 gone = int(some.integers(1, group.channels // 2 + 1))
             keep[group.start + some.choice(group.channels, gone, replace=False)] = False
