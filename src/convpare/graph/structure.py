@@ -1,5 +1,6 @@
 """What a trace yields: the coupled channels of a network as plain data, and what they cost."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +28,15 @@ def staying(units: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """One call of a layer: how often it runs side by side (the batch), and the spatial sizes of input and output."""
+
+    batch: int
+    into: tuple[int, ...]
+    out: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Layer:
     """A convolution or linear layer. Its weight keeps PyTorch's layout, so MACs = positions · numel(weight)."""
 
@@ -36,10 +46,20 @@ class Layer:
     bias: str | None
     out_axis: int
     in_axis: int
-    positions: int  # how often the whole kernel is applied for the example inputs, all calls and the batch included
-    outputs: int  # output elements per output channel, likewise
+    extents: tuple[Extent, ...]  # its calls for the example inputs
     groups: int
     computed: bool = False  # the weight is a function of the parameter (standardised, reparametrised)
+
+    @property
+    def positions(self) -> int:
+        """How often the whole kernel is applied for the example inputs, all calls and the batch included."""
+        transposed = self.kind == "conv_transpose"
+        return sum(e.batch * math.prod(e.into if transposed else e.out) for e in self.extents)
+
+    @property
+    def outputs(self) -> int:
+        """Output elements per output channel, likewise."""
+        return sum(e.batch * math.prod(e.out) for e in self.extents)
 
     @property
     def out(self) -> Axis:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from convpare.graph.labels import Labels, Value
-from convpare.graph.structure import Axis, Form, Layer, Mender, Path
+from convpare.graph.structure import Axis, Extent, Form, Layer, Mender, Path
 from convpare.graph.sync import feature_mender
 
 
@@ -111,7 +111,7 @@ class Tracer:
     # -------------------------------------------------------------------------------------------------- what it may say
 
     def add_layer(
-        self, kind: str, weight: Value, bias: Value | None, slots: Sequence[Tensor], positions: int, outputs: int,
+        self, kind: str, weight: Value, bias: Value | None, slots: Sequence[Tensor], extent: Extent,
         groups: int = 1,
     ) -> None:  # fmt: skip
         """Count this call of a convolution or linear layer; `slots` are the labels of its weight's output and input."""
@@ -120,14 +120,10 @@ class Tracer:
         if name is None:
             self.uncounted[f"{self.name.removeprefix('aten.')} with a computed weight"] += 1
             return
-        known = self.layers.get(name)
-        if known:
-            positions, outputs = positions + known.positions, outputs + known.outputs
+        extents = (*(self.layers[name].extents if name in self.layers else ()), extent)
         owner, bias_name = name.removesuffix(".weight"), bias.name if bias else None
         computed = weight.name is None
-        self.layers[name] = Layer(
-            owner, kind, name, bias_name, out_axis, in_axis, positions, outputs, groups, computed
-        )  # fmt: skip
+        self.layers[name] = Layer(owner, kind, name, bias_name, out_axis, in_axis, extents, groups, computed)
 
     def _origin(self, shape: tuple[int, ...], slots: Mapping[int, Tensor]) -> str | None:
         """The one parameter of this shape, with these labels, from which the weight (argument 1) is computed."""

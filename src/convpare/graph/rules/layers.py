@@ -8,6 +8,7 @@ from torch import Tensor
 from convpare.graph.labels import Value
 from convpare.graph.rules.common import NOT_OURS, alike, along, axis_labels, couple_axis, flat, slots_of, together
 from convpare.graph.rules.registry import aten, rule
+from convpare.graph.structure import Extent
 from convpare.graph.tracer import Tracer
 
 
@@ -17,8 +18,7 @@ def convolution(t: Tracer, x: Value, weight: Value, bias: Value | None = None, *
     groups = rest[3] if len(rest) > 3 else options.get("groups", 1)
     axis = x.ndim - weight.ndim + 1
     out, into = slots_of(t, weight, 0), slots_of(t, weight, 1)
-    positions = math.prod(t.shape) // t.shape[axis]
-    t.add_layer("conv", weight, bias, (out, into), positions, positions, groups)
+    t.add_layer("conv", weight, bias, (out, into), _extent(t, x, axis), groups)
     reason = f"{t.where} reads {NOT_OURS}"
     if groups == 1:
         couple_axis(t, x, axis, into, reason)
@@ -39,8 +39,7 @@ def transposed_convolution(
     groups = rest[3] if len(rest) > 3 else options.get("groups", 1)
     axis = x.ndim - weight.ndim + 1
     into, out = slots_of(t, weight, 0), slots_of(t, weight, 1)
-    positions, outputs = math.prod(x.shape) // x.shape[axis], math.prod(t.shape) // t.shape[axis]
-    t.add_layer("conv_transpose", weight, bias, (out, into), positions, outputs, groups)
+    t.add_layer("conv_transpose", weight, bias, (out, into), _extent(t, x, axis), groups)
     couple_axis(t, x, axis, into, f"{t.where} reads {NOT_OURS}")
     if groups > 1 and len(out) == 1:  # depthwise: a group goes as a whole
         out = together(t, into, groups)
@@ -49,6 +48,10 @@ def transposed_convolution(
         alike(t, into, groups)
         out = out.repeat(groups)
     return _output(t, axis, out, bias)
+
+
+def _extent(t: Tracer, x: Value, axis: int) -> Extent:
+    return Extent(math.prod(t.shape[:axis]), tuple(x.shape[axis + 1 :]), tuple(t.shape[axis + 1 :]))
 
 
 def _spell_groups(t: Tracer, groups: Tensor) -> None:
@@ -64,8 +67,7 @@ def _output(t: Tracer, axis: int, out: Tensor, bias: Value | None) -> Value:
 @rule("aten.linear")
 def linear(t: Tracer, x: Value, weight: Value, bias: Value | None = None) -> Value:
     out, into = slots_of(t, weight, 0), slots_of(t, weight, 1)
-    positions = math.prod(t.shape[:-1])
-    t.add_layer("linear", weight, bias, (out, into), positions, positions)
+    t.add_layer("linear", weight, bias, (out, into), Extent(math.prod(t.shape[:-1]), (), ()))
     labels = axis_labels(t, x, -1)
     if labels is None:
         t.labels.freeze(into, f"{t.where} reads features that are not the network's channels")
