@@ -7,7 +7,7 @@ values, and a low rank there is redundancy that a chain of two smaller convoluti
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal
@@ -118,11 +118,15 @@ class Kernel:
         named = zip(SPATIAL[self.dimensions], spatial, strict=True)
         return {"o": groups * out, "i": groups * into, **dict(named)}
 
+    def blocks(self, cut: Cut) -> tuple[int, int, int]:
+        """How many blocks the dense kernel's unfolding has, zero elsewhere, and the rows and columns of one."""
+        count, rows, columns = (math.prod(self._size(c) for c in side) for side in self._sides(cut))
+        return count, rows, columns
+
     def unfold(self, cut: Cut) -> Tensor:
-        """The blocks (b, rows, columns) of the dense kernel's unfolding, which is zero elsewhere."""
-        sides = self._sides(cut)
-        shape = [math.prod(self._size(c) for c in side) for side in sides]
-        return self.tensor.permute([self._letters.index(c) for c in "".join(sides)]).reshape(shape)
+        """The blocks (count, rows, columns) of the dense kernel's unfolding."""
+        order = "".join(self._sides(cut))
+        return self.tensor.permute([self._letters.index(c) for c in order]).reshape(self.blocks(cut))
 
     def fold(self, blocks: Tensor, cut: Cut) -> "Kernel":
         """The kernel of such blocks: the inverse of `unfold`."""
@@ -250,45 +254,54 @@ def norm_loss_of(relative_error: float) -> float:
 
 
 def spectrum(kernel: Kernel, cut: Cut, route: Route = "auto") -> Spectrum:
-    """The singular values of a kernel across one cut.
-
-    Route "gram" takes the eigenvalues of M·Mᵀ in float64. It resolves singular values down to about 1e-8 of the
-    largest, below the rounding of a float32 weight, and is several times as fast as "svd", the decomposition of M
-    itself. "auto" takes "svd" for float64 weights alone.
-
-    Raises:
-        ConvpareError: the cut is not one of the kernel's.
-    """
-    if set(cut.left + cut.right) != set(kernel.sizes):
-        raise ConvpareError(
-            f"{cut} is no cut of a kernel with the indices {''.join(kernel.sizes)}; choose one of "
-            + ", ".join(map(str, cuts_of(kernel.dimensions)))
-        )
-    matrix = kernel.unfold(cut)
-    blocks, rows, columns = matrix.shape
-    wide = matrix.double()
-    resolution = max(rows, columns) * torch.finfo(torch.float64 if matrix.dtype == torch.float64 else torch.float32).eps
-    if route == "gram" or (route == "auto" and matrix.dtype != torch.float64):
-        short = wide if rows <= columns else wide.mT
-        values = torch.linalg.eigvalsh(short @ short.mT).clamp_min(0).sqrt()
-        resolution = max(resolution, math.sqrt(max(rows, columns) * torch.finfo(torch.float64).eps))
-    else:
-        values = torch.linalg.svdvals(wide)
-    return Spectrum(cut, values.flatten().sort(descending=True).values.cpu(), rows, columns, blocks, resolution)
+    """The singular values of a kernel across one cut, see `spectra`."""
+    return spectra(kernel, [cut], route)[cut.name]
 
 
 def spectra(kernel: Kernel, cuts: Iterable[Cut] | None = None, route: Route = "auto") -> dict[str, Spectrum]:
     """The spectrum across each cut by its name, in the order of `cuts`; default: all cuts of the kernel.
 
-    Cuts that differ in indices of one value only, as most do for a 1x1 kernel, are computed once.
+    Route "gram" takes the eigenvalues of M·Mᵀ in float64. It resolves singular values down to about 1e-8 of the
+    largest, below the rounding of a float32 weight, and is several times as fast as "svd", the decomposition of M
+    itself. "auto" takes "svd" for float64 weights alone. Cuts that differ in indices of one value only, as most do
+    for a 1x1 kernel, are computed once.
+
+    Raises:
+        ConvpareError: a cut is not one of the kernel's.
     """
+    precise = kernel.tensor.dtype == torch.float64
+    wide = Kernel(kernel.tensor.double())
+    values_of = _by_svd if route == "svd" or (route == "auto" and precise) else _by_gram
     trivial = {letter for letter, size in kernel.sizes.items() if size == 1}
-    known: dict[frozenset[frozenset[str]], Spectrum] = {}
+    known: dict[tuple[frozenset[frozenset[str]], bool], Tensor] = {}
     found = {}
     for cut in cuts_of(kernel.dimensions) if cuts is None else cuts:
-        key = frozenset(frozenset(side) - trivial for side in (cut.left, cut.right))
-        if key not in known or (kernel.groups > 1 and known[key].cut.splits_channels != cut.splits_channels):
-            known[key] = spectrum(kernel, cut, route)
-        _, rows, columns = kernel.unfold(cut).shape
-        found[cut.name] = replace(known[key], cut=cut, rows=rows, columns=columns)
+        _check(cut, kernel)
+        blocks, rows, columns = kernel.blocks(cut)
+        key = frozenset(frozenset(side) - trivial for side in (cut.left, cut.right)), blocks > 1
+        if key not in known:
+            known[key] = values_of(wide.unfold(cut))
+        resolution = max(rows, columns) * torch.finfo(torch.float64 if precise else torch.float32).eps
+        if values_of is _by_gram:
+            resolution = max(resolution, math.sqrt(max(rows, columns) * torch.finfo(torch.float64).eps))
+        found[cut.name] = Spectrum(cut, known[key], rows, columns, blocks, resolution)
     return found
+
+
+def _by_gram(matrix: Tensor) -> Tensor:
+    short = matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT
+    squares: Tensor = torch.linalg.eigvalsh(short @ short.mT).clamp_min(0)
+    return squares.flatten().sort(descending=True).values.sqrt().cpu()
+
+
+def _by_svd(matrix: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.svdvals(matrix)
+    return values.flatten().sort(descending=True).values.cpu()
+
+
+def _check(cut: Cut, kernel: Kernel) -> None:
+    if set(cut.left + cut.right) != set(kernel.sizes):
+        raise ConvpareError(
+            f"{cut} is no cut of a kernel with the indices {''.join(kernel.sizes)}; choose one of "
+            + ", ".join(map(str, cuts_of(kernel.dimensions)))
+        )
