@@ -65,6 +65,8 @@ _OWN: dict[str, _Own] = {
     "resnet44": _Own(blocks.resnet44, (1, 3, 32, 32), _CIFAR),
     "resnet56": _Own(blocks.resnet56, (1, 3, 32, 32), _CIFAR),
     "resnet110": _Own(blocks.resnet110, (1, 3, 32, 32), _CIFAR),
+    "resnet50_cifar": _Own(blocks.resnet50_cifar, (1, 3, 32, 32), _CIFAR),
+    "vanilla4": _Own(blocks.vanilla4, (1, 3, 32, 32), _CIFAR),
     "mobilenet_v1_025": _Own(blocks.mobilenet_v1_025, (1, 3, 224, 224), _MOBILENET),
     "digits": _Own(blocks.digits_net, (1, 1, 8, 8), _DIGITS),
 }
