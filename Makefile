@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.convpare-ready
 
-.PHONY: demo test lint setup results zoo fuzz lock clean
+.PHONY: demo test lint setup results zoo kr-ablation fuzz lock clean
 
 demo: $(STAMP)
 	$(BIN)/convpare demo
@@ -23,7 +23,7 @@ $(STAMP): constraints.txt requirements-nodeps.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,demo,dev]' pyyaml huggingface_hub
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,report,demo,dev]' pyyaml huggingface_hub
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-nodeps.txt
 	touch $@
 
@@ -34,6 +34,10 @@ results: $(STAMP)
 # Every convolutional model of torchvision and timm; a second run goes on where the first stopped (docs/results/zoo.json).
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py $(ARGS)
+
+# Accuracy as K/R grows, on CIFAR-10 in CONVPARE_SHARED; every training is stored (docs/results/kr_ablation.jsonl).
+kr-ablation: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kr_ablation.py $(ARGS)
 
 # Thousands of random networks, in both forms.
 fuzz: $(STAMP)

@@ -263,7 +263,7 @@ WRONG_OPTIONS = {
     "inspect": "MODEL requires an argument",
     "inspect convpare:digits --frob": "Unknown option: --frob",
     "inspect convpare:digits extra": "extra",
-    "explain convpare:digits": "Unknown command .*Available commands: inspect, compress, evaluate, demo",
+    "explain convpare:digits": "Unknown command .*: inspect, compress, evaluate, truncate, theory, demo",
     "compress convpare:digits --data digits --macs 0.5": "--output requires an argument",
     f"{COMPRESS}": "how much shall go.*--macs or --params",
     f"{COMPRESS} --macs 0": r"macs budget is 0\.0; expected a fraction .* above 0 and at most 1",
@@ -423,7 +423,7 @@ def test_fails_before_the_work(run: Run, monkeypatch: pytest.MonkeyPatch, line: 
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the model was opened first")
 
-    monkeypatch.setattr(cli, "load_model", work)
+    monkeypatch.setattr(cli.models, "load_model", work)
     monkeypatch.setattr(cli, "load_artifact", work)
     assert run(line).code == 1
 
@@ -442,7 +442,7 @@ def test_full_disk_under_the_output(run: Run, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli, "_write_json", full)
+    monkeypatch.setattr(cli, "write_json", full)
     result = run("inspect convpare:digits")
     assert result.code == 1
     assert "No space left on device" in result.err
@@ -647,8 +647,17 @@ def test_json_of_inspect(run: Run):
     assert run(f"inspect {DIGITS} --data digits --images 16 --json i.json").code == 0
     found = json.loads(Path("i.json").read_text())
     assert {"model", "inputs", "layers", "groups", "frozen", "macs", "params", "activations"} <= set(found)
-    assert set(found["layers"][0]) == {"name", "kind", "weight", "macs", "params", "activations"}
-    assert set(found["groups"][0]) == {"name", "channels", "producers", "consumers", "similar", "inexact"}
+    assert set(found["layers"][0]) == {
+        "name", "kind", "weight", "macs", "params", "activations", "cuts", "k_over_rank", "best_cut", "least_macs",
+    }  # fmt: skip
+    cut = found["layers"][1]["cuts"]["o|ihw"]
+    assert {"rank", "effective_rank", "entropy", "stable_rank", "break_even_rank", "chain"} <= set(cut)
+    assert (cut["rank"], cut["full_rank"], cut["break_even_rank"]) == (32, 32, 28)  # 29 · (32 + 288) > 32 · 288
+    assert set(found["groups"][0]) == {"name", "channels", "producers", "consumers", "activations", "inexact"}
+    activations = found["groups"][0]["activations"]
+    assert {"similar", "effective_rank", "dead", "pairs"} <= set(activations)
+    assert [(b["name"], b["k"], b["r"], b["k_over_r"]) for b in found["blocks"]][-1] == ("block2.conv2", 64, 64, 1)
+    assert found["complexity"]["d_naive"] == sum(layer["params"] for layer in found["layers"]) - 10
     assert found["prunable_share"] == {"module": 1.0, "module_marked": 1.0}
     assert found["parts"] == []
     assert found["frozen"] == [{"layer": "fc", "channels": 10, "reason": "the model's output"}]
@@ -928,3 +937,69 @@ def test_real_images(run: Run, shared: Path):
     result = run(f"evaluate mobile --data {shared}/data/imagenet500 --limit 100 --json m.json")
     assert result.code == 0
     assert json.loads(Path("m.json").read_text())["top1"] == figures["after"]["top1"]
+
+
+# ----------------------------------------------------------------------------------------------------- the experiments
+
+
+def test_truncate(run: Run):
+    options = "--forms o|ihw,oi|hw --fractions 0.5,0.25 --images 100 --retrain 0.25 --retrain-as dense --epochs 1"
+    line = f"truncate {DIGITS} --data digits {options} --store p.jsonl --plot f.html --json t.json"
+    first = run(line)
+    assert first.code == 0, first.err
+    found = json.loads(Path("t.json").read_text())
+    assert {p["form"] for p in found["points"]} == {"o|ihw", "oi|hw"}
+    assert [(r["form"], r["fraction"]) for r in found["retrained"]] == [("none", 1), ("o|ihw", 0.25), ("oi|hw", 0.25)]
+    assert Path("f.html").read_text().startswith("<!doctype html>")
+    stored = Path("p.jsonl").read_text()
+    assert len(stored.splitlines()) == 1 + len(found["points"]) + 3
+    assert "tolerated norm loss" in first.out and "all layers, top-1 %" in first.out and "trained again" in first.out
+    assert max(map(len, first.out.splitlines())) <= 200
+    again = run(line)
+    assert (again.code, again.out) == (0, first.out)
+    assert Path("p.jsonl").read_text() == stored
+
+
+def test_theory(run: Run):
+    result = run("theory --repetitions 2 --store s.jsonl --plot f.html --json t.json")
+    assert result.code == 0, result.err
+    found = json.loads(Path("t.json").read_text())
+    assert len(found["points"]) == len(Path("s.jsonl").read_text().splitlines()) == 252
+    assert all(r["jacobian"] == r["intrinsic"] for r in found["ranks"])
+    assert Path("f.html").read_text().startswith("<!doctype html>")
+    assert "through 0" in result.out
+
+
+def test_a_gallery(run: Run):
+    result = run(f"inspect {DIGITS} --data digits --images 16 --gallery maps --json i.json")
+    assert result.code == 0, result.err
+    groups = [g["name"] for g in json.loads(Path("i.json").read_text())["groups"]]
+    assert sorted(p.name for p in Path("maps").iterdir()) == sorted(f"{name}.png" for name in groups)
+    assert Image.open(f"maps/{groups[0]}.png").size[0] > 400
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("truncate convpare:digits", "needs labelled images: give --data"),
+        ("truncate convpare:digits --data digits --forms o|x", "o|x"),
+        ("truncate convpare:digits --data digits --fractions 2", "shares of the full rank"),
+        ("truncate convpare:digits --data digits --fractions much", "--fractions is 'much'"),
+        ("truncate convpare:digits --data digits --store file", "line 1 of file is no point of a truncation"),
+        ("truncate convpare:digits --data digits --plot none/f.html", "there is no folder none"),
+        (
+            "truncate convpare:digits --data digits --plot file",
+            "--plot is file, which is there and holds something else",
+        ),
+        ("theory --plot . --repetitions 2", "--plot is ., a folder"),
+        ("theory --repetitions 1", "repetitions"),
+        ("theory --store file", "line 1 of file is no point of a simulation"),
+        ("inspect convpare:digits --gallery maps", "--gallery shows feature maps and needs images"),
+        ("inspect convpare:digits --data digits --gallery file", "--gallery is file, which is no folder"),
+        ("inspect convpare:digits --energy 0", "energy is 0"),
+    ],
+)
+def test_experiments_that_cannot_be(run: Run, line: str, message: str):
+    result = run(line)
+    assert result.code == 1
+    assert message in " ".join(result.err.split())

@@ -1,20 +1,28 @@
 """What a network consists of, what of it could go, and why the rest could not."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from convpare.data import Data, ImageSet
+from convpare.errors import ConvpareError
 from convpare.graph.capture import Inputs
 from convpare.graph.probe import FOLLOWS_NOT
 from convpare.graph.structure import Form, Graph
 from convpare.graph.trace import trace
-from convpare.importance import Context, get_criterion
 from convpare.planning.cost import Count, count_graph, prunable_share
 from convpare.planning.planner import calibration_images
+from convpare.redundancy.activations import GroupActivations, measure_activations
+from convpare.redundancy.gallery import pairs_picture
+from convpare.redundancy.kernels import ENERGY, KernelRedundancy, measure_kernels
+from convpare.redundancy.kr import Block, kr_blocks
+from convpare.redundancy.network_complexity import NetworkComplexity, network_complexity
+from convpare.redundancy.similarity import removal_order
+
+Tell = Callable[[str, int, int], None]
 
 SIMILAR = 0.9  # SSIM from which two feature maps count as similar
 
@@ -26,16 +34,30 @@ class Inspection:
     Attributes:
         graph: groups, layers, frozen channels.
         count: MACs, parameters and activations by layer and in total.
-        similar: with images: for each group, the share of its channels that go when of every pair of channels with an
-            SSIM of 0.9 or more one is dropped; None without images.
+        kernels: by layer, how much of its kernel repeats itself across every cut; layers whose weight is computed from
+            parameters are missing.
+        energy: the share of a kernel's squared norm that a chain of two layers was asked to keep.
+        blocks: K/R of every block; None for a network that is captured in parts.
+        complexity: the numbers that the network stores, and how many of them data must determine; None likewise.
+        activations: with images: by group, how much its feature maps repeat each other; None without images.
         graph_form: the share of the MACs that hang on removable channels in the graph form, where the module's forward
             keeps some from going; else None.
     """
 
     graph: Graph
     count: Count
-    similar: Mapping[str, float] | None
+    kernels: Mapping[str, KernelRedundancy]
+    energy: float
+    blocks: tuple[Block, ...] | None = None
+    complexity: NetworkComplexity | None = None
+    activations: Mapping[str, GroupActivations] | None = None
     graph_form: float | None = None
+
+    @property
+    def factorizable(self) -> float:
+        """The share of the MACs that goes when each layer is the cheapest chain that keeps what was asked."""
+        saved = sum(kernel.dense.macs - kernel.least_macs for kernel in self.kernels.values())
+        return saved / max(self.count.total.macs, 1)
 
     @property
     def prunable(self) -> float:
@@ -56,9 +78,26 @@ class Inspection:
                 f"{self.graph.form}_marked": prunable_share(self.graph, marked=True),
                 **({} if self.graph_form is None else {"graph": self.graph_form}),
             },
-            "layers": [{**layer, **costs["layers"][layer["name"]]} for layer in layers],  # type: ignore[index]
-            "groups": [{**g, "similar": None if self.similar is None else self.similar[g["name"]]} for g in groups],
+            "factorizable_share": self.factorizable,
+            "blocks": None if self.blocks is None else [block.to_json() for block in self.blocks],
+            "complexity": None if self.complexity is None else self.complexity.to_json(),
+            "layers": [{**layer, **costs["layers"][layer["name"]], **self._kernel(layer["name"])} for layer in layers],  # type: ignore[index]
+            "groups": [{**group, "activations": self._activations(group["name"])} for group in groups],
         }
+
+    def similar(self, group: str) -> float:
+        """The share of a group's channels that go when of every two with an SSIM of 0.9 or more one is dropped."""
+        assert self.activations is not None
+        found = self.activations[group]
+        return int((removal_order(found.ssim).scores >= SIMILAR).sum()) / found.channels
+
+    def _activations(self, group: str) -> dict[str, Any] | None:
+        if self.activations is None:
+            return None
+        return {"similar": self.similar(group), **self.activations[group].to_json()}
+
+    def _kernel(self, layer: str) -> dict[str, Any]:
+        return self.kernels[layer].to_json() if layer in self.kernels else {"cuts": None}
 
 
 def inspect(
@@ -68,25 +107,68 @@ def inspect(
     *,
     images: int = 256,
     form: Form = "module",
-    on_progress: Callable[[str, int, int], None] | None = None,
+    energy: float = ENERGY,
+    on_progress: Tell | None = None,
 ) -> Inspection:
-    """Trace `model`, count it, and with images measure how similar the channels of each group are.
+    """Trace `model`, count it, measure its kernels, and with images its activations.
 
     Args:
         form: "module" or "graph", see `apply`.
+        energy: the share of a kernel's squared norm that a chain of two layers must keep to take its place.
 
     Raises:
-        ConvpareError: the model cannot be captured, or the images do not suit it.
+        ConvpareError: the model cannot be captured, its weights are no numbers, or the images do not suit it.
     """
     tell = on_progress or (lambda *_: None)
     tell("tracing", 0, 1)
     graph = trace(model, example_inputs, form=form)
     bound = form == "module" and any(FOLLOWS_NOT in row.reason for row in graph.frozen)
     graph_form = prunable_share(trace(model, example_inputs, form="graph")) if bound else None
-    similar = None
-    if data is not None and graph.groups:
-        tell("comparing feature maps", 0, 1)
-        context = Context(model, graph, graph.keep_all(), calibration_images(data, images, 0))
-        rankings = get_criterion("qsfm-ssim").rank(context)
-        similar = {name: float(np.mean(r.errors <= 1 - SIMILAR)) for name, r in rankings.items()}
-    return Inspection(graph, count_graph(graph), similar, graph_form)
+    kernels = measure_kernels(model, graph, energy, lambda done, total: tell("measuring kernels", done, total))
+    tell("finding blocks", 0, 1)
+    blocks = None if graph.parts else tuple(_with_ranks(kr_blocks(model, example_inputs), kernels))
+    complexity = None if blocks is None else network_complexity(graph, blocks)
+    activations = None
+    if (shown := calibration_images(data, images, 0)) is not None:
+        activations = measure_activations(
+            model, graph, shown, on_progress=lambda done, total: tell("comparing feature maps", done, total)
+        )
+    return Inspection(graph, count_graph(graph), kernels, energy, blocks, complexity, activations, graph_form)
+
+
+def _with_ranks(blocks: Sequence[Block], kernels: Mapping[str, KernelRedundancy]) -> Iterator[Block]:
+    """The blocks with the ranks of their last layers' trained weights."""
+    for block in blocks:
+        kernel = kernels.get(block.layers[-1])
+        yield block if kernel is None else replace(block, trained_rank=kernel.output_rank)
+
+
+def write_gallery(
+    model: nn.Module,
+    found: Inspection,
+    images: Tensor,
+    folder: Path,
+    *,
+    pairs: int = 5,
+    on_progress: Tell | None = None,
+) -> list[Path]:
+    """Pictures of the most similar feature maps of every group of an inspection with images, as PNG files.
+
+    Args:
+        images: (n, channels, *spatial), preprocessed; the first three are shown.
+        pairs: how many of each group, by SSIM.
+
+    Raises:
+        ConvpareError: there were no images, a file cannot be written, or Pillow is missing.
+    """
+    if found.activations is None:
+        raise ConvpareError("the inspection looked at no images, so there are no feature maps to show; give images")
+    written = []
+    for done, group in enumerate(found.graph.groups):
+        if on_progress is not None:
+            on_progress("drawing feature maps", done, len(found.graph.groups))
+        shown = found.activations[group.name].pairs["ssim"][:pairs]
+        if shown:
+            written.append(folder / f"{group.name.replace('/', '-')}.png")
+            pairs_picture(model, found.graph, group.name, images, shown, written[-1])
+    return written

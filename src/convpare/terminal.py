@@ -1,6 +1,9 @@
 """Tables, progress and messages for people. Results go to standard output, everything else to standard error."""
 
+import itertools
+import math
 import os
+import statistics
 import sys
 import threading
 import time
@@ -14,18 +17,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 from convpare.compress import Compression
 from convpare.inspection import SIMILAR, Inspection
 from convpare.measurement import Measured
 from convpare.planning.plan import Plan
+from convpare.redundancy.activations import GroupActivations
+from convpare.redundancy.kernels import KernelRedundancy
+from convpare.truncate import ALL, Truncation
 
 _WIDTH = 120  # of tables in files and pipes, unless COLUMNS says otherwise
 _NARROW = 80
 _NARROWEST = 60  # below, numbers would be cut off; lines that break are better
-_LEFT = frozenset({"kind", "weight", "made by", "read by", "because of", "removed"})
+_LEFT = frozenset({"after it", "kind", "weight", "made by", "read by", "because of", "removed"})
 _NAMES = frozenset(
-    {"layer", "group", "channels that stay", "marked groups", "made by", "read by", "because of"}
+    {"layer", "block", "group", "channels that stay", "marked groups", "made by", "read by", "because of", "after it"}
 )  # give way
 
 Tell = Callable[[str, int, int], None]
@@ -107,12 +114,19 @@ def show_inspection(found: Inspection) -> None:
     comma = ", " if _console().width >= _NARROW else "\n"
     if graph.layers:
         _show_table(_layers(found))
+        show(_legend(found) + "\n")
+    if found.blocks:
+        _show_table(_blocks(found))
+        show(
+            "K channels leave a block, made from R: K/R above 1 is redundancy, exactly where nothing stands after it\n"
+            f"rank: across the output channels of its last layer's weight, at {100 * found.energy:g} % of the energy\n"
+        )
     if graph.groups:
         _show_table(_groups(found, comma))
-    if found.similar is not None:
+    if found.activations is not None:
         show(
-            f"similar: the share of a group's channels that goes when of every two whose feature maps have an SSIM of "
-            f"{SIMILAR} or more one is dropped\n"
+            f"similar: channels that go when of every two whose feature maps have an SSIM of {SIMILAR} or more one is "
+            "dropped\nrank: effective rank of the activations, in % of the channels; dead: channels of one value\n"
         )
     if graph.frozen:
         _show_table(_frozen(found, comma))
@@ -133,6 +147,49 @@ def show_inspection(found: Inspection) -> None:
     groups = "1 group" if len(graph.groups) == 1 else f"{len(graph.groups)} groups"
     show(f"{graph.channels:,} channels in {groups} can be removed" if graph.groups else "no channel can be removed")
     show(f"{100 * found.prunable:.1f} % of the MACs hang on channels that can be removed exactly" + _elsewhere(found))
+    if found.complexity is not None:
+        stored, needed = found.complexity.d_naive, found.complexity.d_sample
+        share = 100 * (1 - needed / max(stored, 1))
+        show(f"{stored:,} weights, sample complexity {needed:,}: K/R points at {share:.1f} % of them")
+    if found.kernels:
+        show(f"{100 * found.factorizable:.1f} % of the MACs go when every layer is the chain that saves most")
+
+
+def show_truncation(found: Truncation) -> None:
+    """What each form tolerates, all layers at once, training again, and what it says about the paper's claims."""
+    claims = found.claims
+    if claims.depth:
+        table = _table("form", "tolerated norm loss", "least", "most", "ρ with depth", "p", "ρ norm, accuracy")
+        for form, (rho, p) in claims.depth.items():
+            layers = dict.fromkeys(x.layer for x in found.points if x.form == form and x.layer != ALL)
+            tolerated = sorted(found.tolerates(layer, form) for layer in layers)
+            shares = [f"{100 * t:.1f} %" for t in (statistics.median(tolerated), tolerated[0], tolerated[-1])]
+            table.add_row(form, *shares, _number(rho), _number(p, 3), _number(claims.within[form]))
+        _show_table(table)
+        show(
+            "tolerated: the largest norm loss of a layer, truncated alone, that costs at most "
+            f"{found.tolerated:g} points (median over layers)\n"
+        )
+    joint = [p for p in found.points if p.layer == ALL]
+    if joint:
+        fractions = sorted({p.fraction for p in joint}, reverse=True)
+        table = _table("all layers, top-1 %", *(f"{f:g}" for f in fractions))
+        for form in dict.fromkeys(p.form for p in joint):
+            known = {p.fraction: p.top1 for p in joint if p.form == form}
+            table.add_row(form, *(f"{known[f]:.2f}" if f in known else "" for f in fractions))
+        _show_table(table)
+    if found.retrained:
+        table = _table("trained again", "fraction", "as", "epochs", "before", "top-1 %")
+        for r in found.retrained:
+            table.add_row(r.form, f"{r.fraction:g}", r.kind, f"{r.epochs}", f"{r.before:.2f}", f"{r.top1:.2f}")
+        _show_table(table)
+    if claims.depth:
+        low, high = claims.spread
+        show(
+            f"norm loss and accuracy loss of a layer, over all forms: ρ = {_number(claims.across)}; at a norm loss of "
+            f"10 % the forms cost {_number(low)} to {_number(high)} points (means over layers)"
+        )
+    show(f"{found.model}: {found.base:.2f} % of {found.images:,} images before; {len(found.points)} truncations")
 
 
 def show_compression(done: Compression, figures: Measured, output: Path, note: str | None) -> None:
@@ -165,22 +222,67 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
 
 
 def _layers(found: Inspection) -> Table:
-    table = _table("layer", "kind", "weight", "MACs", "parameters")
+    wide = _console().width >= _WIDTH
+    ranks = {layer.name: _effective(found.kernels.get(layer.name)) if wide else {} for layer in found.graph.layers}
+    sides = [side for side in ("o", "i", "oi", "oh", "ow") if any(side in shown for shown in ranks.values())]
+    table = _table("layer", "kind", "weight", "MACs", "parameters", *sides, "saves")
     for layer in found.graph.layers:
-        cost = found.count.layers[layer.name]
+        cost, kernel = found.count.layers[layer.name], found.kernels.get(layer.name)
         shape = "×".join(map(str, found.graph.shapes[layer.weight]))
-        table.add_row(escape(layer.name), layer.kind, shape, f"{cost.macs:,}", f"{cost.params:,}")
+        shown = [ranks[layer.name].get(side, "") for side in sides]
+        saves = "" if kernel is None or kernel.cut is None else f"{100 * kernel.saved:.0f} % {kernel.cut}"
+        table.add_row(escape(layer.name), layer.kind, shape, f"{cost.macs:,}", f"{cost.params:,}", *shown, saves)
+    return table
+
+
+def _legend(found: Inspection) -> str:
+    saves = f"saves: MACs that the best chain of two layers saves which keeps {100 * found.energy:g} % of ‖kernel‖²"
+    names = sorted((s.cut.name for k in found.kernels.values() for s in k.spectra.values()), key=len)
+    cuts = {name.partition("|")[0]: name for name in names}  # that of the kernel with the most dimensions
+    shown = [side for side in ("o", "i", "oi", "oh", "ow") if side in cuts]
+    if _console().width < _WIDTH or not shown:
+        return saves
+    across = ", ".join(cuts[side] for side in shown)
+    return f"{', '.join(shown)}: effective rank across {across}, in % of the full rank\n{saves}"
+
+
+def _effective(kernel: KernelRedundancy | None) -> dict[str, str]:
+    """Effective rank in per cent of the full rank, by the cut's first side; of cuts that are one matrix the first."""
+    shown: dict[str, str] = {}
+    seen: list[Tensor] = []
+    for found in kernel.spectra.values() if kernel else ():
+        if found.full_rank > 1 and not any(found.values is values for values in seen):
+            shown[found.cut.left] = f"{100 * found.effective_rank / found.full_rank:.0f}"
+        seen.append(found.values)
+    return shown
+
+
+def _blocks(found: Inspection) -> Table:
+    """One row for blocks that follow each other and are alike."""
+    table = _table("block", "K", "R", "K/R", "rank", "after it")
+    for _, alike in itertools.groupby(found.blocks or (), lambda b: (b.k, b.r, b.after)):
+        blocks = list(alike)
+        first = blocks[0]
+        name = first.name if len(blocks) == 1 else f"{first.name} … {blocks[-1].name} ({len(blocks)})"
+        ranks = sorted({b.trained_rank for b in blocks if b.trained_rank is not None})
+        rank = "–".join(f"{r:,}" for r in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else ""
+        table.add_row(escape(name), f"{first.k:,}", f"{first.r:,}", f"{first.k_over_r:.3g}", rank, first.after)
     return table
 
 
 def _groups(found: Inspection, comma: str) -> Table:
-    similar = found.similar
-    table = _table("group", "channels", *(["similar"] if similar is not None else []), "made by", "read by")
+    measures = ["similar", "rank", "dead"] if found.activations is not None else []
+    table = _table("group", "channels", *measures, "made by", "read by")
     for group in found.graph.groups:
-        share = [f"{100 * similar[group.name]:.0f} %"] if similar is not None else []
+        measured = [] if found.activations is None else _activity(found, found.activations[group.name])
         made, read = _names(group.producers, comma), _names(group.consumers, comma)
-        table.add_row(escape(group.name), f"{group.channels:,}", *share, made, read)
+        table.add_row(escape(group.name), f"{group.channels:,}", *measured, made, read)
     return table
+
+
+def _activity(found: Inspection, of: GroupActivations) -> list[str]:
+    rank = of.ranks.effective_rank / of.channels
+    return [f"{100 * found.similar(of.group):.0f} %", f"{100 * rank:.0f} %", f"{len(of.dead)}"]
 
 
 def _frozen(found: Inspection, comma: str) -> Table:
@@ -272,6 +374,10 @@ def _print(console: Console, content: Table | str, *, soft_wrap: bool = False) -
         console.print(content, soft_wrap=soft_wrap)
     for line in captured.get().splitlines():
         console.out(line.rstrip(), highlight=False)
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _percent(value: float | None) -> str:

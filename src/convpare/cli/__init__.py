@@ -1,0 +1,277 @@
+"""The verbs as commands. The only room that knows argument parsing."""
+
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import cyclopts
+    from cyclopts import Parameter
+    from cyclopts.validators import Number
+except ImportError as error:  # pragma: no cover - the wheel alone
+    raise SystemExit(f"the command line needs more packages: pip install convpare[cli] ({error})") from error
+
+import torch
+from torch import Tensor
+
+from convpare import __version__, terminal
+from convpare.artifact import load_artifact, save
+from convpare.blocks.digits import train_digits
+from convpare.cli.arguments import (
+    IMAGES,
+    BudgetArguments,
+    Count,
+    CountOrNone,
+    DataArguments,
+    FormArgument,
+    Gallery,
+    JsonFile,
+    MethodArguments,
+    ModelArguments,
+    ModelName,
+    PlotFile,
+    QSFMArguments,
+    RecoveryArguments,
+    ResultArguments,
+    Share,
+    TestedDataArguments,
+    TracedModelArguments,
+    TruncationArguments,
+)
+from convpare.cli.files import check_gallery, check_json, check_output, check_plot, write_json
+from convpare.cli.models import Opened, example_of, open_data, open_model
+from convpare.compress import Compression, CompressOptions, compress
+from convpare.data import Data, load_data
+from convpare.errors import ConvpareError
+from convpare.evaluation import evaluate
+from convpare.importance import get_criterion
+from convpare.inspection import inspect, write_gallery
+from convpare.measurement import Measured, measured
+from convpare.planning.planner import calibration_images
+from convpare.redundancy.kernels import ENERGY
+from convpare.report import theory_figure, truncation_figure, write_figure
+from convpare.theory import TheoryOptions, theory
+from convpare.truncate import truncate
+
+app = cyclopts.App(
+    name="convpare",
+    help="Find what a convolutional network does not need, remove it, prove that the result is right, and say what it "
+    "cost.\n\nExit codes: 0, 1 (one message says what is wrong), 130 (interrupted; nothing is half-written).",
+    version=__version__,
+    suppress_keyboard_interrupt=False,
+)
+
+
+@app.command(name="inspect", sort_key=1)
+def inspect_command(
+    model: ModelName,
+    /,
+    *,
+    which: TracedModelArguments = TracedModelArguments(),
+    data: DataArguments = DataArguments(),
+    images: Annotated[Count, Parameter(group=IMAGES, help="images that similarity is measured on")] = 256,
+    form: FormArgument = "module",
+    energy: Share = ENERGY,
+    gallery: Gallery = None,
+    json_file: JsonFile = None,
+) -> None:
+    """What is superfluous, of what kind, and how much could go; with --data, in what the layers put out, too."""
+    check_json(json_file)
+    data.check()
+    shape = which.shape
+    if gallery is not None:
+        check_gallery(gallery, data.data)
+    with terminal.progress() as tell:
+        opened = open_model(model, which, tell)
+        shown = open_data(data, opened, tell)
+        found = inspect(
+            opened.module,
+            example_of(shape, opened, shown),
+            shown,
+            images=images,
+            form=form,
+            energy=energy,
+            on_progress=tell,
+        )
+        if gallery is not None and (maps_of := calibration_images(shown, images, 0)) is not None:
+            write_gallery(opened.module, found, maps_of, gallery, on_progress=tell)
+    write_json(json_file, found.to_json())
+    terminal.show_inspection(found)
+
+
+@app.command(name="compress", sort_key=2)
+def compress_command(
+    model: ModelName,
+    /,
+    *,
+    result: ResultArguments,
+    budget: BudgetArguments = BudgetArguments(),
+    which: TracedModelArguments = TracedModelArguments(),
+    data: TestedDataArguments = TestedDataArguments(),
+    method: MethodArguments = MethodArguments(),
+    qsfm: QSFMArguments = QSFMArguments(),
+    recovery: RecoveryArguments = RecoveryArguments(),
+) -> None:
+    """Plan, remove, check, recover, and save the smaller network as an artifact."""
+    for arguments in (result, budget, data):
+        arguments.check()
+    shape = which.shape
+    plan = method.options(budget.threshold, qsfm.options(method.criterion))
+    options = CompressOptions(plan, recovery.options(method.seed), data.limit, method.form)
+    _check_needs(data, method.criterion, recovery.recover)
+    with terminal.progress() as tell:
+        opened = open_model(model, which, tell)
+        images = open_data(data, opened, tell, data.test)
+        example = example_of(shape, opened, images)
+        done = compress(
+            opened.module, example, images, macs=budget.macs, params=budget.params, criterion=method.criterion,
+            options=options, on_progress=tell,
+        )  # fmt: skip
+        figures = _measure_and_save(opened, done, example, images, result.output, tell)
+        write_json(result.json_file, figures.to_json())
+    terminal.show_compression(done, figures, result.output, images.note if images else None)
+
+
+@app.command(name="evaluate", sort_key=3)
+def evaluate_command(
+    model: ModelName,
+    /,
+    *,
+    which: ModelArguments = ModelArguments(),
+    data: DataArguments = DataArguments(),
+    limit: Annotated[CountOrNone, Parameter(group=IMAGES, help="show only so many, a fixed random choice")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Accuracy of a model or an artifact on the test images of DATA (on all of them, where it has no test split)."""
+    check_json(json_file)
+    if data.data is None:
+        raise ConvpareError("evaluate needs labelled images: give --data")
+    with terminal.progress() as tell:
+        opened = open_model(model, which, tell)
+        images = open_data(data, opened, tell)
+        assert images is not None
+        found = evaluate(
+            opened.module, images.evaluation, limit=limit,
+            on_progress=lambda done, total: tell("accuracy", done, total),
+        )  # fmt: skip
+    write_json(json_file, found.to_json())
+    terminal.show(str(found))
+
+
+@app.command(name="truncate", sort_key=4)
+def truncate_command(
+    model: ModelName,
+    /,
+    *,
+    which: TracedModelArguments = TracedModelArguments(),
+    data: DataArguments = DataArguments(),
+    truncation: TruncationArguments = TruncationArguments(),
+    plot: PlotFile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Truncate the kernels of a trained network along every cut: norm loss against accuracy, and training again."""
+    check_json(json_file)
+    check_plot(plot)
+    if data.data is None:
+        raise ConvpareError("truncate measures accuracy and needs labelled images: give --data")
+    options, shape = truncation.options(), which.shape
+    with terminal.progress() as tell:
+        opened = open_model(model, which, tell)
+        images = open_data(data, opened, tell)
+        assert images is not None
+        example = example_of(shape, opened, images)
+        found = truncate(opened.module, example, images, options, store=truncation.store, on_progress=tell)
+    write_json(json_file, found.to_json())
+    if plot is not None:
+        write_figure(truncation_figure(found), plot)
+    terminal.show_truncation(found)
+
+
+@app.command(name="theory", sort_key=5)
+def theory_command(
+    *,
+    repetitions: Annotated[int, Parameter(validator=Number(gte=2), help="data sets for every point")] = 8,
+    seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**31), help="of the first data set")] = 0,
+    store: Annotated[Path | None, Parameter(help="JSON lines that points go to; a rerun goes on with it")] = None,
+    plot: PlotFile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Rerun the statistical experiments: sample complexity against parameters, of CNN, Tucker and CP, for growing K."""
+    check_json(json_file)
+    check_plot(plot)
+    with terminal.progress() as tell:
+        found = theory(TheoryOptions(repetitions=repetitions, seed=seed), store, tell)
+    write_json(json_file, found.to_json())
+    if plot is not None:
+        write_figure(theory_figure(found), plot)
+    terminal.show(str(found))
+
+
+@app.command(sort_key=6)
+def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo/digits")) -> None:
+    """The whole job in a minute: train a small network on digits, halve its MACs, recover, save, load back.
+
+    Args:
+        output: folder of the artifact; an artifact that is there already is replaced
+    """
+    check_output(output)
+    data, example = load_data("digits"), torch.zeros(1, 1, 8, 8)
+    with terminal.progress() as tell:
+        model, _ = train_digits(on_progress=lambda done, total: tell("training", done, total))
+        found = inspect(model, example, data, on_progress=tell)
+    terminal.show("A small residual network, trained on 1,442 images of handwritten digits (8x8 pixels).\n")
+    terminal.show_inspection(found)
+    terminal.show("")
+    with terminal.progress() as tell:
+        done = compress(model, example, data, macs=0.5, on_progress=tell)
+        opened = Opened("convpare:digits", model, "convpare:digits", None, None, random=False)
+        figures = _measure_and_save(opened, done, example, data, output, tell)
+    terminal.show_compression(done, figures, output, data.note)
+    again = evaluate(load_artifact(output).module, data.evaluation)
+    terminal.show(f"loaded back from {output}: {again}")
+    if again.top1 != done.stages[-1].top1:
+        raise ConvpareError(f"the artifact's accuracy {again.top1} differs from {done.stages[-1].top1} before saving")
+
+
+def _measure_and_save(
+    opened: Opened, done: Compression, example: Tensor, data: Data | None, output: Path, tell: terminal.Tell
+) -> Measured:
+    tell("measuring latency", 0, 1)
+    figures = measured(opened.module, done, example)
+    tell("saving", 0, 1)
+    preprocessing = data.preprocessing if data else opened.preprocessing
+    save(done.model, output, plan=done.plan, spec=opened.spec, preprocessing=preprocessing, figures=figures.to_json())
+    return figures
+
+
+def _check_needs(data: DataArguments, criterion: str, recover: str) -> None:
+    if data.data is None and get_criterion(criterion).needs_images:
+        raise ConvpareError(f"criterion {criterion} looks at feature maps: give images with --data, or --criterion l2")
+    if data.data is None and recover != "none":
+        raise ConvpareError("recovery needs images: give --data, or --recover none")
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except (ConvpareError, cyclopts.CycloptsError) as error:
+        terminal.fail(str(error).strip())
+        raise SystemExit(1) from None
+    except OSError as error:  # such as a full disk under standard output
+        terminal.fail(f"{error}; check the disk and the permissions")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        terminal.fail("interrupted; nothing is half-written")
+        raise SystemExit(130) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0, 1 for a user's error (one message), 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the terminal's encoding has no × or █
+    with _exit_codes():
+        app(list(arguments) if arguments is not None else sys.argv[1:], exit_on_error=False, print_error=False)

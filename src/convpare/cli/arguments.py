@@ -1,0 +1,356 @@
+"""Options of the commands: what may be given, in groups."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
+
+from convpare.cli.files import check_json, check_output
+from convpare.errors import ConvpareError
+from convpare.importance import criteria, get_criterion
+from convpare.planning.planner import PlanOptions
+from convpare.planning.solver import Budget
+from convpare.recovery import LeastSquares, RecoverOptions
+from convpare.recovery.training import TrainOptions
+from convpare.truncate import FRACTIONS, TruncateOptions
+
+RESULT = Group("Result", sort_key=1)
+BUDGET = Group("Budget", sort_key=2)
+MODEL = Group("Model", sort_key=3)
+IMAGES = Group("Images", sort_key=4)
+METHOD = Group("Which channels go", sort_key=5)
+QSFM = Group("Which channels go, criteria qsfm-ssim and qsfm-psnr", sort_key=6)
+RECOVERY = Group("Recovery", sort_key=7)
+TRUNCATION = Group("Truncation", sort_key=8)
+
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
+CountOrNone = Annotated[int | None, Parameter(validator=Number(gte=1))]
+ModelName = Annotated[
+    str,
+    Parameter(
+        help="torchvision:NAME, timm:NAME, convpare:NAME, package.module:factory, file.py:factory, or the folder of an "
+        "artifact"
+    ),
+]
+FormArgument = Annotated[
+    Literal["module", "graph"],
+    Parameter(
+        group=METHOD,
+        help="module: the model's own class and forward; graph: the captured graph with its numbers rewritten, which "
+        "loads without the model's code",
+    ),
+]
+JsonFile = Annotated[
+    Path | None, Parameter(name="--json", group=RESULT, help="write everything that was found to this file, as JSON")
+]
+
+
+Share = Annotated[float, Parameter(help="of a kernel's squared norm that a chain of two layers must keep to count")]
+PlotFile = Annotated[Path | None, Parameter(name="--plot", group=RESULT, help="write a figure to this .html file")]
+Gallery = Annotated[
+    Path | None,
+    Parameter(group=RESULT, help="with --data: a folder for pictures of each group's most similar feature maps"),
+]
+
+
+@Parameter(name="*", group=MODEL)
+@dataclass(frozen=True)
+class ModelArguments:
+    """Which model.
+
+    Attributes:
+        weights: a .safetensors, .pt or .pth file (weights only; pickled code is never run)
+        num_classes: outputs of the classifier, for models that are built by name
+        model: the MODEL that an artifact of your own code was made from, such as net.py:make
+    """
+
+    weights: Path | None = None
+    num_classes: CountOrNone = None
+    model: str | None = None
+
+
+@Parameter(name="*", group=MODEL)
+@dataclass(frozen=True)
+class TracedModelArguments(ModelArguments):
+    """Which model, and for which input.
+
+    Attributes:
+        input: shape of the input, batch first, such as 1,3,224,224; default: that of the images, or what is known of
+            the model
+    """
+
+    input: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape that was given."""
+        if self.input is None:
+            return None
+        parts = [part.strip() for part in self.input.split(",")]
+        if not all(part.isdecimal() and part.isascii() and int(part) > 0 for part in parts):
+            raise ConvpareError(
+                f"--input is {self.input!r}; expected whole numbers above 0 with commas between, batch first, such as "
+                "1,3,224,224"
+            )
+        return tuple(int(part) for part in parts)
+
+
+@Parameter(name="*", group=IMAGES)
+@dataclass(frozen=True)
+class DataArguments:
+    """Which images, and how pixels become inputs (defaults: what the model wants).
+
+    Attributes:
+        data: digits, cifar10:FOLDER, cifar100:FOLDER, a folder of class folders or of images, or a .npz file
+        mean: subtracted from pixels in [0, 1], one number per channel, such as 0.485,0.456,0.406
+        std: divided by, one number per channel
+        resize: pixels of the shorter side
+        crop: pixels of the central square
+        classes: for class folders: a .json file (folder name to index) or a text file (one folder name per line)
+    """
+
+    data: str | None = None
+    mean: str | None = None
+    std: str | None = None
+    resize: CountOrNone = None
+    crop: CountOrNone = None
+    classes: Path | None = None
+
+    def check(self) -> None:
+        """Refuse what would be ignored."""
+        given = [name for name, value in vars(self).items() if value is not None]
+        if self.data is None and given:
+            raise ConvpareError(f"{option(given[0])} is about images; say with --data which ones")
+
+
+@Parameter(name="*", group=IMAGES)
+@dataclass(frozen=True)
+class TestedDataArguments(DataArguments):
+    """Which images, and on which of them accuracy is measured.
+
+    Attributes:
+        test: DATA whose images accuracy is measured on, where --data is for calibration alone
+        limit: measure accuracy on this many test images only, a fixed random choice
+    """
+
+    test: str | None = None
+    limit: CountOrNone = None
+
+
+@Parameter(name="*", group=BUDGET)
+@dataclass(frozen=True)
+class BudgetArguments:
+    """How much goes.
+
+    Attributes:
+        macs: MACs that may be left, as a fraction: 0.5 for half
+        params: parameters that may be left, as a fraction
+        threshold: instead of a budget: remove what the criterion's error rates at or below this (qsfm-ssim: 1 - SSIM)
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    threshold: float | None = None
+
+    def check(self) -> None:
+        """Find out before long work whether these numbers make sense."""
+        wanted = Budget(self.macs, self.params).fractions
+        if self.threshold is None and not wanted:
+            raise ConvpareError("how much shall go? Give --macs or --params (0.5 for half) or both, or --threshold")
+        if self.threshold is not None and wanted:
+            raise ConvpareError("--threshold takes the place of a budget; give it without --macs and --params")
+        if self.threshold is not None and not 0 <= self.threshold < math.inf:
+            raise ConvpareError(f"--threshold is {self.threshold}; expected a finite number, 0 or more, such as 0.1")
+
+
+@Parameter(name="*", group=RESULT)
+@dataclass(frozen=True)
+class ResultArguments:
+    """Where the result goes.
+
+    Attributes:
+        output: folder of the artifact; an artifact that is there already is replaced
+        json_file: write everything that was measured to this file, as JSON
+    """
+
+    output: Annotated[Path, Parameter(name=["--output", "-o"])]
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None
+
+    def check(self) -> None:
+        """Find out before long work whether both can be written."""
+        check_output(self.output)
+        check_json(self.json_file, self.output)
+
+
+@Parameter(name="*", group=METHOD)
+@dataclass(frozen=True)
+class MethodArguments:
+    """How channels are chosen.
+
+    Attributes:
+        scope: inner: residual streams keep their width; auto: inner if the budget allows it, else all
+        allocation: how a budget is spread over the groups; default: what suits the criterion
+        round_to: layers keep multiples of this many channels
+        exclude: groups that stay whole, with commas between; `convpare inspect` shows their names
+        inexact: take marked groups, too, whose removal by nature changes the others
+        images: calibration images that the criterion looks at
+        rounds: remove in so many steps, looking again before each
+        seed: of the choice of images
+    """
+
+    criterion: Annotated[str, Parameter(help=", ".join(criteria()))] = "qsfm-ssim"
+    scope: Literal["auto", "inner", "all"] = "auto"
+    allocation: Literal["uniform", "global"] | None = None
+    round_to: Count = 1
+    exclude: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = ()
+    inexact: Annotated[bool, Parameter(negative="", show_default=False)] = False
+    form: FormArgument = "module"
+    images: Count = 256
+    rounds: Count = 1
+    seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))] = 0
+
+    def options(self, threshold: float | None, criterion_options: dict[str, Any]) -> PlanOptions:
+        get_criterion(self.criterion)
+        exclude = tuple(name.strip() for text in self.exclude for name in text.split(",") if name.strip())
+        return PlanOptions(
+            scope=self.scope, allocation=self.allocation, round_to=self.round_to, exclude=exclude,
+            inexact=self.inexact, images=self.images, rounds=self.rounds, threshold=threshold, seed=self.seed,
+            criterion_options=criterion_options,
+        )  # fmt: skip
+
+
+@Parameter(name="*", group=QSFM)
+@dataclass(frozen=True)
+class QSFMArguments:
+    """The open choices of QSFM.
+
+    Attributes:
+        tap: activation (default): the maps that the next layer reads; conv: those that the convolution gives
+        window: SSIM over whole maps (global, default) or in gaussian windows
+        data_range: dynamic range of the maps: of the whole layer (default), of each image, or a number
+        rule: drop one of the most similar pair, again and again (default); or rank by mean or maximal similarity
+        who: of a pair goes the one more similar to the total rest (default), or the one of smaller norm
+    """
+
+    tap: Literal["activation", "conv"] | None = None
+    window: Literal["global", "gaussian"] | None = None
+    data_range: str | None = None
+    rule: Literal["pair", "mean", "max"] | None = None
+    who: Literal["total", "norm"] | None = None
+
+    def options(self, criterion: str) -> dict[str, Any]:
+        """What the criterion is given: only what was said."""
+        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        if given and not get_criterion(criterion).name.startswith("qsfm"):
+            raise ConvpareError(
+                f"{option(next(iter(given)))} is an option of qsfm-ssim and qsfm-psnr; criterion {criterion} has none "
+                "such. Leave it out, or choose one of the two with --criterion."
+            )
+        if self.who == "norm" and self.rule in ("mean", "max"):
+            raise ConvpareError(
+                f"--who norm chooses within pairs; with --rule {self.rule} there are none, leave it out"
+            )
+        if self.data_range not in (None, "layer", "image"):
+            given["data_range"] = _positive(str(self.data_range))
+        return given
+
+
+@Parameter(name="*", group=RECOVERY)
+@dataclass(frozen=True)
+class RecoveryArguments:
+    """How accuracy is won back, without labels and gradients.
+
+    Attributes:
+        recover: calibrate: least squares or batch norm, whichever serves
+        recover_images: calibration images of the recovery
+        samples: image positions per unknown that least squares looks at; more is better and slower
+    """
+
+    recover: Literal["calibrate", "least-squares", "batch-norm", "none"] = "calibrate"
+    recover_images: Count = 1024
+    samples: Count = 64
+
+    def options(self, seed: int) -> RecoverOptions | None:
+        if self.recover == "none":
+            return None
+        return RecoverOptions(self.recover, self.recover_images, seed, LeastSquares(samples=self.samples))
+
+
+@Parameter(name="*", group=TRUNCATION)
+@dataclass(frozen=True)
+class TruncationArguments:
+    """What is truncated.
+
+    Attributes:
+        forms: cuts such as o|ihw,oi|hw or formats such as tucker, tt:oihw, cp, with commas between; default: all cuts
+        fractions: what is kept of the full rank, with commas between
+        layers: names of convolutions, with commas between; default: all
+        only: each: every layer alone; joint: all layers at once; default: both
+        images: labelled images that accuracy is measured on, a fixed random choice
+        retrain: fractions at which the network with all layers truncated is trained again
+        retrain_as: dense: the truncated kernels; factors: chains of layers; default: both
+        retrain_images: labelled training images of that; default: all
+        epochs: of training again
+        lr: learning rate of training again
+        seed: of training again
+        store: a file of JSON lines that every point goes to as it comes; a second run goes on with it
+    """
+
+    forms: str | None = None
+    fractions: str = ",".join(f"{f:g}" for f in FRACTIONS)
+    layers: str | None = None
+    only: Literal["each", "joint"] | None = None
+    images: Count = 1000
+    retrain: str | None = None
+    retrain_as: Literal["dense", "factors"] | None = None
+    retrain_images: CountOrNone = None
+    epochs: Count = 3
+    lr: float = 0.01
+    seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))] = 0
+    store: Path | None = None
+
+    def options(self) -> TruncateOptions:
+        return TruncateOptions(
+            forms=_names(self.forms),
+            fractions=tuple(numbers(self.fractions, "--fractions") or ()),
+            layers=_names(self.layers),
+            each=self.only != "joint",
+            joint=self.only != "each",
+            images=self.images,
+            retrain=tuple(numbers(self.retrain, "--retrain") or ()),
+            retrain_as=("dense", "factors") if self.retrain_as is None else (self.retrain_as,),
+            retrain_images=self.retrain_images,
+            training=TrainOptions(epochs=self.epochs, lr=self.lr, schedule="cosine", seed=self.seed),
+        )
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConvpareError(
+            f"{option} is {text!r}; expected numbers with commas between, such as 0.5,0.5,0.5"
+        ) from error
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ConvpareError(f"--data-range is {text!r}; expected layer, image, or a number above 0")
+    return number
