@@ -9,7 +9,7 @@ from convpare.graph import mending, rules
 from convpare.importance import registry
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/criteria.md", "docs/operators.md", "docs/theory.md", "docs/redundancy.md", "docs/kr_ablation.md")
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("criteria", "operators", "theory", "redundancy", "kr_ablation")))
 
 
 def blocks(page: str) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from convpare.errors import ConvpareError
 from convpare.graph.check import SelfCheck, culprits, self_check
+from convpare.graph.merging import merged_in_turn
 from convpare.graph.structure import Form, Graph
 from convpare.graph.surgery import removed
 from convpare.graph.trace import trace
@@ -38,8 +39,8 @@ def apply(
         form: "module": the same class with its own forward; "graph": the captured graph with its numbers rewritten, a
             module that needs no other code. By default the form that the plan was made for; a plan for the module form
             can be carried out in the graph form, too.
-        graph: the trace of `model` in the plan's form, if it is at hand; else the model is traced on inputs of the
-            plan's shapes.
+        graph: the trace of `model` (with the plan's merges done) in the plan's form, if it is at hand; else the model
+            is traced on inputs of the plan's shapes.
         check: prove zeroed == removed in float64.
 
     Raises:
@@ -54,6 +55,7 @@ def carry_out(
     model: nn.Module, plan: Plan, *, form: Form | None = None, graph: Graph | None = None, check: bool = True
 ) -> tuple[nn.Module, SelfCheck | None]:
     """As `apply`, with the self-check's result."""
+    model = merged_for(model, plan)
     graph = graph_for(model, plan) if graph is None else graph
     keep = plan.keep(graph)
     if form not in (None, plan.form):
@@ -81,9 +83,14 @@ def _as_graph(module: Graph, keep: np.ndarray, graph: Graph) -> tuple[Graph, np.
     return graph, wanted
 
 
-def graph_for(model: nn.Module, plan: Plan) -> Graph:
-    """The trace of `model` on inputs of the shapes, and in the form, that the plan was made for."""
-    return trace(model, example_inputs(model, plan), form=plan.form)
+def graph_for(merged: nn.Module, plan: Plan) -> Graph:
+    """The trace of a model with the plan's merges done, on the inputs and in the form that the plan was made for."""
+    return trace(merged, example_inputs(merged, plan), form=plan.form)
+
+
+def merged_for(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model with the plan's merges done; itself where there are none."""
+    return merged_in_turn(model, plan.merges, example_inputs(model, plan))
 
 
 def example_inputs(model: nn.Module, plan: Plan) -> tuple[Tensor, ...]:

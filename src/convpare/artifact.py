@@ -37,6 +37,7 @@ from convpare.data.preprocessing import Preprocessing
 from convpare.errors import ConvpareError
 from convpare.graph import portable
 from convpare.graph.mending import numbers, set_numbers
+from convpare.graph.merging import merge_
 from convpare.graph.sync import BATCH_NORMS, sync_attributes
 from convpare.planning.plan import Plan
 from convpare.zoo import is_builtin, load_model
@@ -153,6 +154,8 @@ def load_artifact(directory: str | Path, factory: Factory | None = None) -> Arti
         tensors = _read_weights(folder / WEIGHTS, record)
     module = _build(record, factory, str(directory))
     try:
+        if record.plan is not None and record.graph is None:
+            _merge(module, record.plan)
         _set_all_numbers(module, record)
         _fill(module, tensors, record.aliases)
         if record.graph is not None:
@@ -244,6 +247,15 @@ def _build(record: "_Record", factory: Factory | None, directory: str) -> nn.Mod
             f"a {kind!r}; pass the factory that built it (on the command line --model SPEC)."
         )
     return module
+
+
+def _merge(module: nn.Module, plan: Plan) -> None:
+    """The modules as the plan's merges leave them; the weights are those of the file."""
+    for merge in plan.merges:
+        try:
+            merge_(module, [merge])
+        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise ConvpareError(f"its layers do not allow for the merge of {merge.expansion!r} ({error})") from error
 
 
 def _set_all_numbers(module: nn.Module, record: "_Record") -> None:

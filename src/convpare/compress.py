@@ -13,6 +13,7 @@ from convpare.errors import ConvpareError
 from convpare.evaluation import Evaluation, evaluate
 from convpare.graph.capture import Inputs
 from convpare.graph.check import SelfCheck
+from convpare.graph.merging import merge_all
 from convpare.graph.structure import Form
 from convpare.graph.trace import trace
 from convpare.planning.cost import Cost
@@ -119,7 +120,8 @@ def compress(
     tell = on_progress or (lambda *_: None)
     started = time.perf_counter()
     tell("tracing", 0, 1)
-    graph = trace(model, example_inputs, form=options.form)
+    whole = merge_all(model, example_inputs)[0] if options.plan.merge else model
+    graph = trace(whole, example_inputs, form=options.form)
     excluded: tuple[str, ...] = ()
     while True:
         tell("planning", 0, 1)

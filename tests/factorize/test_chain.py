@@ -147,6 +147,14 @@ def test_atoms_are_shared():
     assert torch.equal(atoms, atoms[:1].expand_as(atoms))
 
 
+def test_factors_are_a_copy():
+    layer = seeded(nn.Conv2d(4, 6, 3))
+    factors, before = factorize(layer, "tucker2", 1.0), layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert torch.equal(factors.kernel().weight(), before)
+
+
 def test_layers_keep_what_they_have():
     layer = nn.Conv2d(4, 6, 3, bias=True, dtype=torch.bfloat16).eval()
     layer.weight.requires_grad_(False)
@@ -184,6 +192,9 @@ def test_computed_weights():
     before = copy.deepcopy(layer.state_dict())
     factors = factorize(layer, "o|ihw", 1.0)
     assert all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
+    chain(layer, factors)
+    assert all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
+    assert all(m.weight.requires_grad and m.weight.is_leaf for m in chain(layer, factors))
     layer.eval()
     x = noise(1, 4, 5, 5, dtype=torch.float32)
     with torch.no_grad():

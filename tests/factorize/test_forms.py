@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from convpare import ConvpareError
 from convpare.factorize import Form, factorize, form, forms, forms_of, get_form
 from convpare.factorize.forms import block_sizes
-from convpare.factorize.subspaces import basis, split
+from convpare.factorize.subspaces import basis, singular_values, split
 from convpare.factorize.tucker import Tucker, Tucker2
 from convpare.redundancy.cuts import Cut, Kernel, cuts_of, spectrum
 
@@ -76,6 +78,16 @@ def test_bases_are_the_singular_vectors(shape: tuple[int, ...], dtype: torch.dty
         assert torch.allclose(found.mT @ found, torch.eye(rank, dtype=dtype).expand(shape[0], -1, -1), atol=2e-6)
         both = (found @ found.mT).double(), exact.U[..., :rank] @ exact.U[..., :rank].mT
         assert torch.allclose(*both, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bases_of_large_matrices(dtype: torch.dtype):
+    """Of more rows than are multiplied at once."""
+    matrix = noise(2, 300, 400, dtype=dtype)
+    exact = torch.linalg.svd(matrix.double(), full_matrices=False)
+    found = basis(matrix, 70).double()
+    assert torch.allclose((found.mT @ matrix.double()).square().sum((1, 2)), exact.S[:, :70].square().sum(1), rtol=1e-7)
+    assert torch.allclose(singular_values(matrix), exact.S, rtol=1e-6)
 
 
 def test_small_singular_values_of_float32_weights():
@@ -190,6 +202,7 @@ def test_a_kernel_of_zeros():
         factors = factorize(layer, name, 0.5)
         assert factors.relative_error == 0
         assert not factors.kernel().tensor.any()
+        assert not any(factors.details.values())
 
 
 def test_ranks_that_others_make_superfluous_go():
@@ -269,6 +282,19 @@ def test_a_form_of_ones_own(monkeypatch: pytest.MonkeyPatch):
     assert factorize(layer, "half", 3).relative_error == factorize(layer, "o|ihw", 3).relative_error
     with pytest.raises(ConvpareError, match="registered already"):
         form("half")(Half)
+
+
+def test_the_page_on_forms(monkeypatch: pytest.MonkeyPatch):
+    """Its code runs, and it names every form."""
+    page = (Path(__file__).parents[2] / "docs/factorizations.md").read_text().replace("\\|", "|")
+    names = [name for dimensions in range(3) for name in forms_of(dimensions)]
+    assert all(f"`{name}`" in page for name in names if not name.startswith("tt:"))
+    assert "`tt:ORDER`" in page
+    monkeypatch.setattr(forms, "_FAMILIES", dict(forms._FAMILIES))
+    found: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, found)
+    assert "first-channels" in forms._FAMILIES
 
 
 def test_float32_agrees_with_float64():

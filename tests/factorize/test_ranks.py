@@ -228,6 +228,13 @@ def test_groups_share_the_noise():
     assert resolved(layer, "cp", "vbmf") == (7,)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 1, 1), nn.Linear(9, 1), nn.Linear(1, 1)])
+def test_variational_bayes_of_thin_kernels(layer: nn.Module):
+    form = "o|i" if isinstance(layer, nn.Linear) else "o|ihw"
+    kernel = Kernel.of(seeded(layer).weight, getattr(layer, "groups", 1))
+    assert Ranks.of("vbmf").resolve(get_form(form), kernel) == (1,)
+
+
 def test_noise_keeps_one_component():
     layer = nn.Conv2d(64, 64, 3)
     with torch.no_grad():

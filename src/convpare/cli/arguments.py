@@ -196,6 +196,7 @@ class MethodArguments:
         round_to: layers keep multiples of this many channels
         exclude: groups that stay whole, with commas between; `convpare inspect` shows their names
         inexact: take marked groups, too, whose removal by nature changes the others
+        merge: first let layers take in the expansions before them where nothing nonlinear stands between
         images: calibration images that the criterion looks at
         rounds: remove in so many steps, looking again before each
         seed: of the choice of images
@@ -207,6 +208,7 @@ class MethodArguments:
     round_to: Count = 1
     exclude: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = ()
     inexact: Annotated[bool, Parameter(negative="", show_default=False)] = False
+    merge: Annotated[bool, Parameter(negative="", show_default=False)] = False
     form: FormArgument = "module"
     images: Count = 256
     rounds: Count = 1
@@ -217,8 +219,8 @@ class MethodArguments:
         exclude = tuple(name.strip() for text in self.exclude for name in text.split(",") if name.strip())
         return PlanOptions(
             scope=self.scope, allocation=self.allocation, round_to=self.round_to, exclude=exclude,
-            inexact=self.inexact, images=self.images, rounds=self.rounds, threshold=threshold, seed=self.seed,
-            criterion_options=criterion_options,
+            inexact=self.inexact, merge=self.merge, images=self.images, rounds=self.rounds, threshold=threshold,
+            seed=self.seed, criterion_options=criterion_options,
         )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ def kernel_of(layer: nn.Module) -> Kernel:
         raise ConvpareError(
             f"a weight of {weight.dtype}, {type(weight).__name__}, is no real numbers; give a trained layer"
         )
+    if weight.device.type == "mps":  # which has no float64
+        weight = weight.cpu()
     with one_thread():
         return Kernel.of(weight, getattr(layer, "groups", 1), is_transposed(layer))
 
@@ -101,15 +103,17 @@ def build(layer: nn.Module, links: tuple[Kernel, ...]) -> nn.Sequential:
     """Plain layers with these kernels, in the layer's place: its stride, padding, bias, dtype, device and mode."""
     bearers = layout_of(links, is_transposed(layer)).bearers
     axes = [{axis for axis, bearer in enumerate(bearers) if bearer == n} for n in range(len(links))]
-    modules = [_module(layer, link, own) for link, own in zip(links, axes, strict=True)]
+    with eval_mode(layer):
+        weight: Any = layer.weight
+    modules = [_module(layer, weight, link, own) for link, own in zip(links, axes, strict=True)]
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     if bias is not None:
         modules[-1].bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return nn.Sequential(*modules).train(layer.training)
 
 
-def _module(layer: nn.Module, link: Kernel, axes: set[int]) -> nn.Module:
-    """One link without bias; `axes` are those along which it strides and pads."""
+def _module(layer: nn.Module, weight: Tensor, link: Kernel, axes: set[int]) -> nn.Module:
+    """One link without bias, in the layer's place; `axes` are those along which it strides and pads."""
     transposed = is_transposed(layer) and bool(axes)
     groups, out, into, *size = link.tensor.shape
     module: nn.Module
@@ -119,7 +123,6 @@ def _module(layer: nn.Module, link: Kernel, axes: set[int]) -> nn.Module:
         settings = _settings(layer, axes, transposed)
         kind: Any = (TRANSPOSED if transposed else CONVOLUTIONS)[len(size) - 1]
         module = kind(groups * into, groups * out, tuple(size), groups=groups, bias=False, device="meta", **settings)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
     own = link.weight(transposed).to(weight.device, weight.dtype, copy=True)
     module.weight = nn.Parameter(own, weight.requires_grad)
     return module

@@ -44,6 +44,12 @@ class Search:
     objective: Literal["sensitivity", "intensity"] | None = "sensitivity"
     rounds: int = 50
 
+    def __post_init__(self) -> None:
+        if self.starts < 1 or self.sweeps < 1 or self.objective not in (*_OBJECTIVES, None):
+            raise ConvpareError(
+                f"{self} cannot search; give starts and sweeps from 1, objective sensitivity, intensity or None"
+            )
+
 
 @form("cp")
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Cp(Form):
         else:
             rough = best_of(unit, ranks[0], self.search)
             vectors = stabilised(unit, rough, self.search)
-        shares = norms.square() / norms.square().sum()
+        shares = norms.square() / norms.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
         details = {
             f"{name}_{when}": float((measure(found) * shares).sum())
             for name, measure in (("intensity", intensity), ("sensitivity", sensitivity))

@@ -86,9 +86,9 @@ def factorize(layer: nn.Module, form: str | Form, ranks: RanksLike) -> Factors:
     """
     chosen, kernel = form if isinstance(form, Form) else get_form(form), kernel_of(layer)
     transposed = is_transposed(layer)
-    tensor = kernel.tensor.cpu() if kernel.tensor.device.type == "mps" else kernel.tensor  # which has no float64
+    tensor, dtype = kernel.tensor, kernel.tensor.dtype
     with torch.no_grad(), _cores(chosen, kernel):
-        work = _cast(Kernel(tensor), _working(tensor.dtype))
+        work = Kernel(tensor.to(_working(dtype), copy=True))
         numbers = Ranks.of(ranks).resolve(chosen, work, transposed)
         fit = chosen.fit(work, numbers, transposed)
         error = _relative_error(work, fit)
@@ -97,11 +97,11 @@ def factorize(layer: nn.Module, form: str | Form, ranks: RanksLike) -> Factors:
         ranks=numbers,
         relative_error=error,
         shape=tuple(tensor.shape),
-        links=tuple(_cast(link, tensor.dtype) for link in fit.links),
+        links=tuple(_cast(link, dtype) for link in fit.links),
         transposed=transposed,
         bias=_bias(layer),
         details=fit.details,
-        dense=None if fit.dense is None else _cast(fit.dense, tensor.dtype),
+        dense=None if fit.dense is None else _cast(fit.dense, dtype),
     )
 
 
@@ -113,7 +113,7 @@ def layout(layer: nn.Module, form: str | Form, ranks: RanksLike) -> Layout:
     """
     chosen, kernel = form if isinstance(form, Form) else get_form(form), kernel_of(layer)
     transposed = is_transposed(layer)
-    with _cores(chosen, kernel):
+    with torch.no_grad(), _cores(chosen, kernel):
         numbers = Ranks.of(ranks).resolve(chosen, kernel, transposed)
     return Layout(chosen.shapes(kernel, numbers, transposed), transposed, _bias(layer))
 

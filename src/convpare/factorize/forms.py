@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import ClassVar, TypeVar
 
 from convpare.errors import ConvpareError
@@ -82,7 +83,6 @@ class Form(ABC):
 
 _FAMILIES: dict[str, type[Form]] = {}
 
-
 F = TypeVar("F", bound=type[Form])
 
 
@@ -128,11 +128,7 @@ def block_sizes(kernel: Kernel) -> dict[str, int]:
 def block_shape(kernel: Kernel, cut: Cut) -> tuple[int, int]:
     """Rows and columns of one block of the unfolding across a cut."""
     sizes = block_sizes(kernel)
-    rows, columns = 1, 1
-    for letter in cut.left:
-        rows *= sizes[letter]
-    for letter in cut.right:
-        columns *= sizes[letter]
+    rows, columns = (prod(sizes[letter] for letter in side) for side in (cut.left, cut.right))
     if cut.splits_channels:
         return rows, columns
     return (rows * kernel.groups, columns) if "o" in cut.left else (rows, columns * kernel.groups)

@@ -130,6 +130,45 @@ def merged(model: nn.Module, merges: Sequence[Merge], example_inputs: Inputs) ->
     return small
 
 
+def merge_all(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module, tuple[Merge, ...]]:
+    """A copy of `model` in which everything is merged that can be, and the merges in turn; the model itself if nothing.
+
+    Raises:
+        ConvpareError: as `mergeable` and `merged`.
+    """
+    done: list[Merge] = []
+    while found := mergeable(model, example_inputs):
+        model = merged(model, found, example_inputs)
+        done += found
+    return model, tuple(done)
+
+
+def merged_in_turn(model: nn.Module, merges: Sequence[Merge], example_inputs: Inputs) -> nn.Module:
+    """As `merged`, where later merges may be of layers that earlier ones changed.
+
+    Raises:
+        ConvpareError: as `merged`.
+    """
+    waiting = list(merges)
+    while waiting:
+        together = _disjoint(waiting)
+        model = merged(model, together, example_inputs)
+        waiting = waiting[len(together) :]
+    return model
+
+
+def _disjoint(merges: Sequence[Merge]) -> list[Merge]:
+    """The first ones, as far as no layer is in two of them."""
+    chosen: list[Merge] = []
+    taken: set[str] = set()
+    for merge in merges:
+        if not taken.isdisjoint(merge.layers):
+            break
+        chosen.append(merge)
+        taken.update(merge.layers)
+    return chosen
+
+
 def merge_(model: nn.Module, merges: Sequence[Merge]) -> None:
     """As `merged`, in place and without proof: what a model of the same class needs before merged weights are loaded.
 

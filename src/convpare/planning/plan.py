@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from convpare.errors import ConvpareError
+from convpare.graph.merging import Merge
 from convpare.graph.structure import FORMS, Form, Graph
 from convpare.planning.cost import Cost, total_cost
 
@@ -42,7 +43,8 @@ class RemoveChannels:
 class Plan:
     """A list of edits with the budget that was asked for and the cost that they lead to.
 
-    `requested` has the budgets as fractions of `before`; `after` is exact, not an estimate.
+    `requested` has the budgets as fractions of `before`; `after` is exact, not an estimate. `merges` are expansions
+    that the layers after them take in; they come first, and the other edits are of the network that they leave.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Plan:
     after: Cost
     edits: tuple[RemoveChannels, ...] = field(default=())
     form: Form = "module"
+    merges: tuple[Merge, ...] = ()
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -101,7 +104,10 @@ class Plan:
             "achieved": self.achieved,
             "before": self.before.to_json(),
             "after": self.after.to_json(),
-            "edits": [edit.to_json() for edit in self.edits],
+            "edits": [
+                *({"edit": "merge", **merge.to_json()} for merge in self.merges),
+                *(edit.to_json() for edit in self.edits),
+            ],
         }
 
     def save(self, path: str | Path) -> None:
@@ -131,6 +137,7 @@ class Plan:
                 f"{self.achieved[metric]:>10.4f}{'-' if wanted is None else format(wanted, '.4f'):>11}"
             )
         width = max([len(e.group) for e in self.edits] + [5])
+        rows += [f"{m.expansion} ({m.r} → {m.k}) is merged into {', '.join(m.consumers)}" for m in self.merges]
         rows.append(f"{'group':<{width}} {'channels':>9} {'kept':>6}  removed")
         for edit in self.edits:
             rows.append(f"{edit.group:<{width}} {edit.channels:>9} {len(edit.keep):>6}  {_share(edit)}")
@@ -166,7 +173,9 @@ def _read_plan(data: object) -> Plan:
     schema = _get(plan, "schema", int)
     if schema != SCHEMA:
         raise ConvpareError(f"the plan has schema {schema}, this version reads schema {SCHEMA}; update convpare")
-    edits = tuple(_read_edit(edit) for edit in _get(plan, "edits", list))
+    listed = [_typed(edit, dict, "an edit") for edit in _get(plan, "edits", list)]
+    merges = tuple(_read_merge(edit) for edit in listed if edit.get("edit") == "merge")
+    edits = tuple(_read_edit(edit) for edit in listed if edit.get("edit") != "merge")
     most = Counter(edit.group for edit in edits).most_common(1)
     if most and most[0][1] > 1:
         raise ConvpareError(f"the plan edits group {most[0][0]!r} {most[0][1]} times; one edit a group is expected")
@@ -180,6 +189,7 @@ def _read_plan(data: object) -> Plan:
         after=_read_cost(_get(plan, "after", dict)),
         edits=edits,
         form=_read_form(plan),
+        merges=merges,
     )
 
 
@@ -190,11 +200,21 @@ def _read_form(plan: dict[str, Any]) -> Form:
     return cast(Form, form)
 
 
-def _read_edit(data: object) -> RemoveChannels:
-    edit = _typed(data, dict, "an edit")
+def _read_merge(edit: dict[str, Any]) -> Merge:
+    norm = edit.get("norm")
+    consumers, biases = (tuple(_strings(_get(edit, key, list), key)) for key in ("consumers", "biases"))
+    sizes = [_get(edit, key, int) for key in ("k", "r", "params", "macs")]
+    if not consumers or not 0 < sizes[1] < sizes[0]:
+        raise ConvpareError("a merge in the plan must name layers that take the expansion in, and have 0 < r < k")
+    return Merge(
+        _get(edit, "expansion", str), None if norm is None else _typed(norm, str, "norm"), consumers, biases, *sizes
+    )
+
+
+def _read_edit(edit: dict[str, Any]) -> RemoveChannels:
     kind = edit.get("edit")
     if kind != "remove_channels":
-        raise ConvpareError(f"the plan has an edit {reprlib.repr(kind)}; this version knows remove_channels")
+        raise ConvpareError(f"the plan has an edit {reprlib.repr(kind)}; this version knows remove_channels and merge")
     group, channels = _get(edit, "group", str), _get(edit, "channels", int)
     keep = tuple(_ints(_get(edit, "keep", list), "keep"))
     if not keep or len(set(keep)) != len(keep) or min(keep) < 0 or max(keep) >= channels:
@@ -223,6 +243,10 @@ def _typed(value: object, kind: type | tuple[type, ...], what: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool) or huge:
         raise ConvpareError(f"{what} is {reprlib.repr(value)} in the plan, which is not what it must be")
     return value
+
+
+def _strings(values: object, what: str) -> list[str]:
+    return [_typed(v, str, what) for v in _typed(values, list, what)]
 
 
 def _ints(values: object, what: str) -> list[int]:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
 from convpare.graph.capture import Inputs
+from convpare.graph.merging import merge_all
 from convpare.graph.probe import FOLLOWS_NOT
 from convpare.graph.structure import Graph, Group
 from convpare.graph.surgery import zeroed
 from convpare.graph.trace import trace
 from convpare.importance import Context, Criterion, Ranking, get_criterion
-from convpare.planning.cost import total_cost
+from convpare.planning.cost import count, total_cost
 from convpare.planning.plan import Plan, RemoveChannels
 from convpare.planning.solver import (
     Allocation,
@@ -46,6 +47,7 @@ class PlanOptions:
         round_to: layers keep multiples of this many channels, or all.
         exclude: names of groups that stay whole.
         inexact: take groups, too, whose removal by nature changes the others (a layer norm averages over them).
+        merge: first let layers take in the expansions before them, where nothing nonlinear stands between: exact.
         images: how many calibration images a criterion looks at.
         rounds: with more than one, channels go in so many equal steps, and similarities are measured anew before each.
         threshold: instead of budgets: remove what the criterion's error rates at or below it (QSFM-SSIM: 0.1 removes
@@ -59,6 +61,7 @@ class PlanOptions:
     round_to: int = 1
     exclude: tuple[str, ...] = ()
     inexact: bool = False
+    merge: bool = False
     images: int = 128
     rounds: int = 1
     threshold: float | None = None
@@ -96,7 +99,7 @@ def plan(
         macs: budget as a fraction of the dense MACs.
         params: budget as a fraction of the dense parameters.
         criterion: a name in `convpare.importance.criteria()`.
-        graph: the trace of `model`, if it is at hand.
+        graph: the trace of `model`, if it is at hand; with merges, that of the merged model.
 
     Raises:
         ConvpareError: no budget, one out of range or of reach, no such criterion, or no images where it needs some.
@@ -105,6 +108,8 @@ def plan(
     budget = Budget(macs, params)
     if bool(budget.fractions) == (options.threshold is not None):
         raise ConvpareError("give either a budget (macs, params) or a threshold: macs=0.5 for half of the MACs")
+    if options.merge:
+        return _merged_plan(model, example_inputs, data, budget, criterion, options, graph)
     graph = trace(model, example_inputs) if graph is None else graph
     if not graph.groups:
         reason = "inspect says why every channel stays"
@@ -126,6 +131,29 @@ def plan(
         after=total_cost(graph, keep),
         edits=tuple(_edit(g, keep, errors) for g in graph.groups if not keep[g.units].all()),
         form=graph.form,
+    )
+
+
+def _merged_plan(
+    model: nn.Module,
+    example_inputs: Inputs,
+    data: Data | ImageSet | Tensor | None,
+    budget: Budget,
+    criterion: str,
+    options: PlanOptions,
+    graph: Graph | None,
+) -> Plan:
+    """A plan of the merged model under the budget of the model as it was."""
+    small, merges = merge_all(model, example_inputs)
+    before, left = count(model, example_inputs).total, count(small, example_inputs).total
+    rest = {
+        metric: min(fraction * getattr(before, metric) / max(getattr(left, metric), 1), 1.0)
+        for metric, fraction in budget.fractions.items()
+    }
+    made = plan(small, example_inputs, data, **rest, criterion=criterion, options=replace(options, merge=False),
+                graph=graph)  # fmt: skip
+    return replace(
+        made, before=before, requested=budget.fractions, options={**made.options, "merge": True}, merges=merges
     )
 
 
@@ -197,10 +225,10 @@ def _choose(
             step = Budget(**{m: 1 - part * (1 - fraction) for m, fraction in budget.fractions.items()})
             counts = _counts_by_budget(graph, rankings, step, options)
         fewer = graph.keep_all()
-        for group, count in zip(graph.groups, counts, strict=True):
-            if count < group.channels:
+        for group, kept in zip(graph.groups, counts, strict=True):
+            if kept < group.channels:
                 ranking = rankings[group.name]
-                gone = group.start + ranking.order[: group.channels - count]
+                gone = group.start + ranking.order[: group.channels - kept]
                 newly = keep[gone]
                 errors[gone[newly]] = ranking.errors[: len(gone)][newly]
                 fewer[gone] = False

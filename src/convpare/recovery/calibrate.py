@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from convpare.apply import graph_for, plan_of
+from convpare.apply import graph_for, merged_for, plan_of
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
 from convpare.graph.surgery import removed
@@ -142,6 +142,7 @@ def _least_squares(
     small: nn.Module, teacher: nn.Module, plan: Plan, fit: Tensor, options: RecoverOptions,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[nn.Module, Fitted]:  # fmt: skip
+    teacher = merged_for(teacher, plan)
     graph = graph_for(teacher, plan)
     if plan.form == "graph":  # operator by operator as the student is
         teacher = removed(teacher, graph, graph.keep_all())
