@@ -121,7 +121,7 @@ def show_inspection(found: Inspection) -> None:
             "K channels leave a block, made from R: K/R above 1 is redundancy, exactly where nothing stands after it\n"
             f"rank: across the output channels of its last layer's weight, at {100 * found.energy:g} % of the energy\n"
         )
-        if merging := [block.layers[-1] for block in found.blocks if block.removable]:
+        if merging := [layer for block in found.blocks for layer in block.mergeable]:
             show(f"the layers after {', '.join(merging)} can take them in exactly (--merge)\n")
     if graph.groups:
         _show_table(_groups(found, comma))

@@ -4,6 +4,7 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -116,6 +117,11 @@ class Allocation:
     def __post_init__(self) -> None:
         self.at = np.zeros(len(self.levels), int)
 
+    @cached_property
+    def hulls(self) -> list[list[int]]:
+        """For each group the vertices of its error's lower convex hull."""
+        return [_hull(levels, errors) for levels, errors in zip(self.levels, self.errors, strict=True)]
+
     @property
     def kept(self) -> np.ndarray:
         return np.array([levels[i] for levels, i in zip(self.levels, self.at, strict=True)], float)
@@ -215,7 +221,7 @@ def _greedy(allocation: Allocation, prices: Mapping[str, float], pinned: int | N
     Savings only shrink as other groups shrink, so a stale ratio is a lower bound and a heap with lazy updates is exact.
     Each step goes to the next vertex of the lower convex hull of the group's error. The group `pinned` stays.
     """
-    hulls = [_hull(levels, errors) for levels, errors in zip(allocation.levels, allocation.errors, strict=True)]
+    hulls = allocation.hulls
     heap = [(-np.inf, g) for g, hull in enumerate(hulls) if g != pinned and allocation.at[g] < hull[-1]]
     heapq.heapify(heap)
     while heap and not allocation.fits():

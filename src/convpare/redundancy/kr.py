@@ -90,6 +90,12 @@ class Block:
     def k_over_r(self) -> float:
         return self.k / self.r
 
+    @property
+    def mergeable(self) -> tuple[str, ...]:
+        """Its layers that the layers after them absorb exactly."""
+        inner = tuple(map.layer for map in self.inner if map.removable)
+        return (*inner, self.layers[-1]) if self.removable else inner
+
     def to_json(self) -> dict[str, Any]:
         inner = [map.to_json() for map in self.inner]
         return asdict(self) | {"k_over_r": self.k_over_r, "layers": list(self.layers), "inner": inner}
