@@ -82,7 +82,7 @@ def theory_figure(found: Theory) -> Any:
         )  # fmt: skip
     figure.update_xaxes(title_text="√(d_M/n)", rangemode="tozero")
     figure.update_yaxes(title_text="‖Ŵ − W*‖", rangemode="tozero")
-    figure.update_layout(title="Estimation error against sample complexity: lines whose slope does not depend on K")
+    figure.update_layout(title="Estimation error against sample complexity, with lines through the straight part")
     return figure
 
 
@@ -114,6 +114,6 @@ def _panels(titles: list[str], columns: int) -> Any:
     figure.update_layout(
         template="plotly_white", showlegend=True, height=90 + 330 * rows, width=1180,
         margin={"t": 90, "r": 30, "b": 60, "l": 70},
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right", "yref": "container"},
+        legend={"orientation": "h", "y": 0.97, "yanchor": "top", "x": 0.84, "xanchor": "right", "yref": "container"},
     )  # fmt: skip
     return figure
