@@ -94,7 +94,7 @@ def similarity_matrix(maps: Tensor, options: SimilarityOptions = _DEFAULTS) -> T
     data_range=D)``. torchmetrics computes the same at these positions but averages over a reflected border, too.
 
     MSE comes from a Gram matrix of centred maps, with an error of about 1e-16 D². So for maps up to 10⁶ D in magnitude,
-    PSNR is good to 1e-7 dB below 50 dB and to 1e-5 dB up to 100 dB. In float32 it is good to 1e-4 dB below 60 dB and
+    PSNR is good to 1e-7 dB below 50 dB and to 3e-5 dB up to 100 dB. In float32 it is good to 1e-4 dB below 60 dB and
     unreliable above, for maps up to D in magnitude.
 
     Raises ConvpareError for maps that are empty, complex, without a channel axis, or not finite.
