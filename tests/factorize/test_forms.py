@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorly
 import torch
 from layers import noise, seeded
 from torch import Tensor, nn
@@ -17,8 +18,6 @@ from convpare.factorize.forms import block_sizes
 from convpare.factorize.subspaces import basis, singular_values, split
 from convpare.factorize.tucker import Tucker, Tucker2
 from convpare.redundancy.cuts import Cut, Kernel, cuts_of, spectrum
-
-tensorly = pytest.importorskip("tensorly")
 
 
 def convolution(*sizes: int, groups: int = 1, seed: int = 0, decay: float = 0.0) -> nn.Module:
@@ -306,3 +305,12 @@ def test_float32_agrees_with_float64():
         with torch.no_grad():
             single.weight.copy_(weight)
         assert torch.allclose(factorize(single, name, 0.5).kernel().tensor.double(), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tucker", "tucker2"])
+def test_hooi_by_name(name):
+    layer = nn.Conv2d(12, 16, 3)
+    plain, refined = (factorize(layer, form, 0.4) for form in (name, f"{name}:hooi"))
+    assert refined.form == f"{name}:hooi" == get_form(refined.form).name
+    assert refined.relative_error < plain.relative_error
+    assert refined.ranks == plain.ranks

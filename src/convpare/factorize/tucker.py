@@ -20,13 +20,14 @@ from convpare.factorize.forms import (
 from convpare.factorize.subspaces import basis, energy_of, project
 from convpare.redundancy.cuts import SPATIAL, Cut, Kernel
 
+HOOI = 20  # sweeps of the forms named so
 SETTLED = 1e-9  # relative growth of the core's squared norm at which the sweeps end
 
 
 @form("tucker")
 @dataclass(frozen=True)
 class Tucker(Form):
-    """Tucker decomposition in every index, ranks in the order o, i and the spatial ones.
+    """Tucker decomposition in every index, ranks in the order o, i and the spatial ones; "tucker:hooi" refines it.
 
     The truncated higher-order SVD (De Lathauwer et al. 2000), one index after the other on what the last one left
     (Vannieuwenhoven et al. 2012); then alternating least squares, HOOI, if wanted. An index of full rank stays in the
@@ -42,9 +43,9 @@ class Tucker(Form):
 
     @classmethod
     def of(cls, argument: str) -> "Tucker":
-        if argument:
-            raise ConvpareError(f"{cls().name} takes no {argument!r}; give the ranks as ranks")
-        return cls()
+        if argument not in ("", "hooi"):
+            raise ConvpareError(f"{cls().name} takes no {argument!r}, only hooi; give the ranks as ranks")
+        return cls(HOOI if argument else 0)
 
     @classmethod
     def names(cls, dimensions: int) -> tuple[str, ...]:
@@ -52,7 +53,7 @@ class Tucker(Form):
 
     @property
     def name(self) -> str:
-        return "tucker"
+        return "tucker:hooi" if self.sweeps else "tucker"
 
     def indices(self, kernel: Kernel) -> str:
         """What may be truncated."""
@@ -113,7 +114,7 @@ class Tucker2(Tucker):
 
     @property
     def name(self) -> str:
-        return "tucker2"
+        return "tucker2:hooi" if self.sweeps else "tucker2"
 
     def indices(self, kernel: Kernel) -> str:
         return "oi"

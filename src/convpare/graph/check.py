@@ -126,7 +126,7 @@ def _runs(model: nn.Module, graph: Graph, keep: np.ndarray) -> float:
     """Whether the smaller network, which must give other values, gives finite ones of the same shapes."""
     inputs = _cast(_noise(model, graph, 0), model)
     try:
-        pairs = list(zip(_outputs(model, inputs), _outputs(removed(model, graph, keep), inputs), strict=True))
+        pairs = list(zip(outputs_of(model, inputs), outputs_of(removed(model, graph, keep), inputs), strict=True))
     except RAISED:
         return float("inf")
     return 0.0 if all(a.shape == b.shape and bool(torch.isfinite(b).all()) for a, b in pairs) else float("inf")
@@ -136,27 +136,27 @@ def _infidelity(model: nn.Module, graph: Graph, inputs: list[Call]) -> float:
     """How far the whole graph form is from the module in float64; infinity where one of them does not run so."""
     wide = copy.deepcopy(model).double()
     try:
-        expected = _outputs(wide, inputs)
+        expected = outputs_of(wide, inputs)
     except RAISED:
         return float("inf")
-    return _compared(expected, lambda: _outputs(_in_double(removed(wide, graph, graph.keep_all())), inputs))
+    return compared(expected, lambda: outputs_of(_in_double(removed(wide, graph, graph.keep_all())), inputs))
 
 
 def _narrow_infidelity(model: nn.Module, graph: Graph, inputs: list[Call]) -> float:
     """The same in the type of the model's parameters."""
     narrow = _cast(inputs, model)
     whole = removed(model, graph, graph.keep_all())
-    return _compared(_outputs(model, narrow), lambda: _outputs(whole, narrow))
+    return compared(outputs_of(model, narrow), lambda: outputs_of(whole, narrow))
 
 
 def _difference(model: nn.Module, graph: Graph, keep: np.ndarray, inputs: list[Call]) -> float:
     dense, small = zeroed(model, graph, keep), removed(model, graph, keep)
     try:
-        whole = _outputs(_in_double(dense), inputs)
+        whole = outputs_of(_in_double(dense), inputs)
     except RAISED:  # a forward that writes out float32: its operators, in float64
         try:
             dense, small = _captured(zeroed(model, graph, keep), graph), _captured(removed(model, graph, keep), graph)
-            whole = _outputs(_in_double(dense), inputs)
+            whole = outputs_of(_in_double(dense), inputs)
         except (*RAISED, ConvpareError) as cause:
             first = str(cause).strip().partition("\n")[0]
             raise ConvpareError(
@@ -164,7 +164,7 @@ def _difference(model: nn.Module, graph: Graph, keep: np.ndarray, inputs: list[C
                 f"({type(cause).__name__}: {first[:300]}). Its forward must not convert to a type that it writes out."
             ) from cause
     small = _in_double(small)
-    return _compared(whole, lambda: _outputs(small, inputs))
+    return compared(whole, lambda: outputs_of(small, inputs))
 
 
 def _tolerance(model: nn.Module, graph: Graph, keep: np.ndarray, inputs: list[Call], draws: int = 3) -> float:
@@ -172,10 +172,10 @@ def _tolerance(model: nn.Module, graph: Graph, keep: np.ndarray, inputs: list[Ca
     net = _in_double(zeroed(model, graph, keep))
     generator = torch.Generator().manual_seed(0)
     try:
-        expected = _outputs(net, inputs)
+        expected = outputs_of(net, inputs)
     except RAISED:
         return TOLERANCE
-    moved = [_compared(expected, lambda: _outputs(_last_bits_moved(net, generator), inputs)) for _ in range(draws)]
+    moved = [compared(expected, lambda: outputs_of(_last_bits_moved(net, generator), inputs)) for _ in range(draws)]
     return float(np.clip(MAGNIFIED * np.max(moved), TOLERANCE, LOOSEST))
 
 
@@ -195,7 +195,7 @@ def _captured(net: nn.Module, graph: Graph) -> nn.Module:
     return removed(net, traced, traced.keep_all())
 
 
-def _compared(whole: list[Tensor], compute: Callable[[], list[Tensor]]) -> float:
+def compared(whole: list[Tensor], compute: Callable[[], list[Tensor]]) -> float:
     """The largest relative difference from what `compute` gives."""
     if not whole:
         raise ConvpareError("the model returns no floating-point tensor, so that nothing can be compared")
@@ -236,7 +236,7 @@ def _default_dtype(wide: bool) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _outputs(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+def outputs_of(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
     found = []
     wide = any(x.dtype == torch.float64 for x in _leaves([call.args for call in calls]))
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _default_dtype(wide):

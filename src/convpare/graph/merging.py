@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from convpare.errors import ConvpareError
 from convpare.graph.capture import Inputs, as_args, capture
-from convpare.graph.check import RAISED, TOLERANCE, _compared, _outputs
+from convpare.graph.check import RAISED, TOLERANCE, compared, outputs_of
 from convpare.graph.flow import Flow, LinearMap, module_of, short
 from convpare.graph.parts import noise
 from convpare.graph.structure import Call
@@ -319,13 +319,13 @@ def _prove(model: nn.Module, merges: Sequence[Merge], args: tuple[Tensor, ...]) 
     calls = [noise(Call("", args, {}), torch.Generator().manual_seed(0), device)]
     wide = copy.deepcopy(model).double()
     try:
-        expected = _outputs(wide, calls)
+        expected = outputs_of(wide, calls)
     except RAISED as cause:
         raise ConvpareError(
             f"a merge in {type(model).__name__} cannot be proved: in float64 the model does not run ({cause})"
         ) from cause
     merge_(wide, merges)
-    error = _compared(expected, lambda: _outputs(wide, calls))
+    error = compared(expected, lambda: outputs_of(wide, calls))
     if not error <= TOLERANCE:
         names = ", ".join(merge.expansion for merge in merges)
         raise ConvpareError(
