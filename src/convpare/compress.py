@@ -16,6 +16,7 @@ from convpare.graph.check import SelfCheck
 from convpare.graph.merging import merge_all
 from convpare.graph.structure import Form
 from convpare.graph.trace import trace
+from convpare.jsonable import finite
 from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan
 from convpare.planning.planner import PlanOptions, plan
@@ -185,13 +186,9 @@ def _recovery(recovered: Recovered | None) -> dict[str, Any] | None:
     )  # fmt: skip
     return {
         "method": recovered.method,
-        "relative_output_errors": {name: _finite(error) for name, error in recovered.errors.items()},
+        "relative_output_errors": finite(dict(recovered.errors)),
         "images": recovered.images,
         "labels": False,
         "gradient_passes": 0,
         **fitted,
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) != float("inf") else None

@@ -1,6 +1,5 @@
 """What a compression cost and saved, measured: file size and latency beside accuracy, MACs and parameters."""
 
-import math
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from convpare import __version__
 from convpare.compress import Compression
+from convpare.jsonable import finite
 from convpare.timing import side_by_side
 
 
@@ -26,7 +26,7 @@ class Measured:
 
 def measured(original: nn.Module, done: Compression, example: Tensor) -> Measured:
     """Time both networks side by side on `example` and measure their weights' files."""
-    content: dict[str, Any] = _finite(done.to_json())
+    content: dict[str, Any] = finite(done.to_json())
     times = side_by_side([original, done.model], [example])
     for side, model, milliseconds in zip(("before", "after"), (original, done.model), times, strict=True):
         content[side]["file_bytes"] = file_bytes(model)
@@ -48,12 +48,3 @@ def file_bytes(model: nn.Module) -> int:
         stored[name] = plain.clone() if place in memory else plain  # a view of another one is stored like any other
         memory.add(place)
     return len(safetensors.save(stored))
-
-
-def _finite(value: Any) -> Any:
-    """The same JSON value with null for NaN and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,6 +22,7 @@ from convpare.factorize.chain import kernel_of
 from convpare.graph.capture import Inputs
 from convpare.graph.structure import Graph
 from convpare.graph.trace import trace
+from convpare.jsonable import finite
 from convpare.points import PointStore
 from convpare.recovery.training import TrainOptions, train_
 from convpare.redundancy.cuts import cuts_of
@@ -164,7 +165,7 @@ class Truncation:
 
     def to_json(self) -> dict[str, Any]:
         content = asdict(self) | {"claims": asdict(self.claims)}
-        found: dict[str, Any] = _finite(content)
+        found: dict[str, Any] = finite(content)
         return found
 
 
@@ -423,12 +424,3 @@ def _digest(tensors: Iterable[Tensor]) -> str:
         digest.update(str((tuple(x.shape), x.dtype)).encode())
         digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
