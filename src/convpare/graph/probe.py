@@ -26,6 +26,7 @@ from convpare.graph.tracer import Spelled, operator_name
 
 Site = tuple[str, ...]
 TAKE_NUMBERS = frozenset(aten(NARY) + aten("arange linspace full eye new_full pow"))
+ELIDED = ("aten.contiguous",)  # what the capture leaves out where it does nothing
 FOLLOWS_NOT = "takes a number from its forward that does not follow them"
 
 
@@ -176,9 +177,11 @@ class Trial:
 
     def _compare(self, nodes: list[Node], keep: np.ndarray) -> set[Site] | None:
         stays = torch.from_numpy(staying(self.unit_of, keep)[self.classes])
-        if len(nodes) != len(self.record.values):
+        nodes = [node for node in nodes if operator_name(node) not in ELIDED]
+        known = {dense: value for dense, value in self.record.values.items() if operator_name(dense) not in ELIDED}
+        if len(nodes) != len(known):
             return set()
-        for node, (dense, value) in zip(nodes, self.record.values.items(), strict=True):
+        for node, (dense, value) in zip(nodes, known.items(), strict=True):
             args, kwargs = rewritten(dense.args, dense.kwargs, self.rewrites.get(dense.name, ()), keep)
             same = operator_name(node) == operator_name(dense)
             same = same and _numbers(_filled(dense, args, kwargs)) == _numbers(_filled(node, node.args, node.kwargs))
