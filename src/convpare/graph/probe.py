@@ -136,6 +136,8 @@ class Trial:
 
         The set is empty where the failure shows only later, in a line that spells no number.
         """
+        if not groups:
+            return None
         keep = self.graph.keep_all()
         for group in groups:  # some of each, any of them: what fits one by chance rarely fits another
             some = np.random.default_rng(group.start)
