@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
-from convpare.graph.capture import Inputs
+from convpare.graph.capture import CannotCapture, Inputs, as_args, capture
 from convpare.graph.probe import FOLLOWS_NOT
 from convpare.graph.structure import Form, Graph
 from convpare.graph.trace import trace
@@ -121,12 +122,15 @@ def inspect(
     """
     tell = on_progress or (lambda *_: None)
     tell("tracing", 0, 1)
-    graph = trace(model, example_inputs, form=form)
+    program = _captured(model, example_inputs)
+    graph = trace(model, example_inputs, form=form, program=program)
     bound = form == "module" and any(FOLLOWS_NOT in row.reason for row in graph.frozen)
     graph_form = prunable_share(trace(model, example_inputs, form="graph")) if bound else None
     kernels = measure_kernels(model, graph, energy, lambda done, total: tell("measuring kernels", done, total))
     tell("finding blocks", 0, 1)
-    blocks = None if graph.parts else tuple(_with_ranks(kr_blocks(model, example_inputs), kernels))
+    blocks = None
+    if program is not None:
+        blocks = tuple(_with_ranks(kr_blocks(model, example_inputs, program), kernels))
     complexity = None if blocks is None else network_complexity(graph, blocks)
     activations = None
     if (shown := calibration_images(data, images, 0)) is not None:
@@ -134,6 +138,14 @@ def inspect(
             model, graph, shown, on_progress=lambda done, total: tell("comparing feature maps", done, total)
         )
     return Inspection(graph, count_graph(graph), kernels, energy, blocks, complexity, activations, graph_form)
+
+
+def _captured(model: nn.Module, example_inputs: Inputs) -> ExportedProgram | None:
+    """The whole model, if it can be captured."""
+    try:
+        return capture(model, as_args(example_inputs))
+    except CannotCapture:
+        return None
 
 
 def _with_ranks(blocks: Sequence[Block], kernels: Mapping[str, KernelRedundancy]) -> Iterator[Block]:

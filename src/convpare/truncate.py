@@ -11,7 +11,6 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from convpare.data import Data
@@ -403,6 +402,8 @@ def _rho(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """Spearman's ρ and its p-value; nan for fewer than three points, or where all are alike."""
     if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
         return math.nan, math.nan
+    from scipy.stats import spearmanr  # half a second to import
+
     result = spearmanr(x, y)
     return float(result.statistic), float(result.pvalue)
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -29,7 +30,9 @@ from convpare.graph.tracer import Spelled, Tracer
 MULTIPLYING = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
 
 
-def trace(model: nn.Module, example_inputs: Inputs, form: Form = "module") -> Graph:
+def trace(
+    model: nn.Module, example_inputs: Inputs, form: Form = "module", *, program: ExportedProgram | None = None
+) -> Graph:
     """Which channels of `model` are coupled, which may go, and what each layer costs.
 
     The model is captured once in evaluation mode by `torch.export`; no weight is read and nothing of it is changed. A
@@ -41,13 +44,14 @@ def trace(model: nn.Module, example_inputs: Inputs, form: Form = "module") -> Gr
             these shapes, batch included; the values do not matter.
         form: what surgery will work on: "module", the module itself with its own forward, whose numbers must come true
             by themselves; or "graph", the captured graph, in which every number is rewritten.
+        program: for the module form, the model as `capture` gave it for these inputs, if it is at hand.
 
     Raises:
         ConvpareError: the model does not run on these inputs, or its forward cannot be captured.
     """
     args = as_args(example_inputs)
     if form == "module":
-        return settled(model, read(model, args))
+        return settled(model, read(model, args, program))
     if form != "graph":
         raise ConvpareError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
     program = capture(model, args)
@@ -57,9 +61,10 @@ def trace(model: nn.Module, example_inputs: Inputs, form: Form = "module") -> Gr
     return replace(graph, program=program, batched=batch_numbers(model, args, program), folded=normal.folded)
 
 
-def read(model: nn.Module, args: tuple[Tensor, ...]) -> Record:
+def read(model: nn.Module, args: tuple[Tensor, ...], program: ExportedProgram | None = None) -> Record:
     """Capture the model, or the parts of it that can be, and run them on label tensors."""
-    parts, outside = capture_parts(model, args)
+    whole = None if program is None else [Part(Call("", args, {}), program)]
+    parts, outside = capture_parts(model, args) if whole is None else (whole, [])
     interpreter = Interpreter(model, "module", args)
     record = interpreter.run(parts, {})
     for name, value in interpreter.t.tensors.items():

@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 from scipy.linalg import block_diag
 from torch import Tensor
 
@@ -206,11 +205,15 @@ def equal_slopes(groups: Sequence[tuple[ArrayLike, ArrayLike]]) -> float:
     _, apart = _solve(block_diag(*own), ratio)
     _, common = _solve(np.hstack([np.ones((len(ratio), 1)), block_diag(*[rows[:, 1:] for rows in own])]), ratio)
     extra, free = len(own) - 1, len(ratio) - 2 * len(own)
+    from scipy import stats  # half a second to import
+
     return float(stats.f.sf((common - apart) / extra / (apart / free), extra, free))
 
 
 def equal_rates(groups: Sequence[tuple[ArrayLike, ArrayLike]]) -> float:
     """The p-value of an F-test that groups of (t, errors) share one line through the origin; see `equal_slopes`."""
+    from scipy import stats  # half a second to import
+
     return float(stats.f_oneway(*[errors / t for t, errors in _checked_groups(groups)]).pvalue)
 
 
@@ -234,6 +237,8 @@ def _solve(columns: FloatArray, values: FloatArray) -> tuple[FloatArray, float]:
 
 
 def _interval(value: float, spread: float, free: int) -> Interval:
+    from scipy import stats  # half a second to import
+
     half = float(stats.t.ppf(0.975, free)) * float(spread)
     return Interval(float(value), float(value) - half, float(value) + half)
 

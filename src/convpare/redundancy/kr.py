@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from convpare.graph.capture import Inputs, as_args, capture
 from convpare.graph.flow import Flow, LinearMap, Link
@@ -101,16 +102,16 @@ class Block:
         return asdict(self) | {"k_over_r": self.k_over_r, "layers": list(self.layers), "inner": inner}
 
 
-def kr_blocks(model: nn.Module, example_inputs: Inputs) -> list[Block]:
+def kr_blocks(model: nn.Module, example_inputs: Inputs, program: ExportedProgram | None = None) -> list[Block]:
     """The blocks of `model` in the order in which they end, each with its K, R, and what stands around its last layer.
 
     The model is captured in evaluation mode and not changed. Weights are read only to tell whether an expansion can be
-    merged exactly (`removable`).
+    merged exactly (`removable`). `program` is the model as `capture` gave it, if it is at hand.
 
     Raises:
         ConvpareError: the model does not run on these inputs, or its forward cannot be captured.
     """
-    program = capture(model, as_args(example_inputs))
+    program = capture(model, as_args(example_inputs)) if program is None else program
     flow = Flow(model, program)
     merges, _ = mergeable_in(flow)
     chains = _Chains(flow)
