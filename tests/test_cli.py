@@ -30,6 +30,7 @@ from convpare.artifact import load_artifact
 from convpare.blocks.digits import digits_net
 from convpare.importance import criteria
 from convpare.importance.qsfm import QSFMOptions
+from convpare.jsonable import finite
 from convpare.planning.planner import ALLOCATIONS, SCOPES
 from convpare.recovery.calibrate import METHODS
 from convpare.timing import side_by_side
@@ -728,7 +729,7 @@ def test_json_of_compress_and_evaluate(run: Run):
 
 
 def test_json_without_nan():
-    assert measurement._finite({"a": [1.0, float("nan")], "b": {"c": float("inf")}}) == {
+    assert finite({"a": [1.0, float("nan")], "b": {"c": float("inf")}}) == {
         "a": [1.0, None],
         "b": {"c": None},
     }
