@@ -170,7 +170,7 @@ def show_truncation(found: Truncation) -> None:
         _show_table(table)
         show(
             "tolerated: the largest norm loss of a layer, truncated alone, that costs at most "
-            f"{found.tolerated:g} points (median over layers)\n"
+            f"{found.tolerated:.1f} points (median over layers)\n"
         )
     joint = [p for p in found.points if p.layer == ALL]
     if joint:
