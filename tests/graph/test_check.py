@@ -127,7 +127,8 @@ def test_result_prints_and_serialises():
     assert SelfCheck(1e-9).passed
     assert not SelfCheck(1.1e-9).passed
     assert SelfCheck(0.5).to_json() == {
-        "passed": False, "max_relative_error": 0.5, "tolerance": 1e-9, "unproved": [], "narrow": None
+        "passed": False, "max_relative_error": 0.5, "tolerance": 1e-9, "unproved": [], "narrow": None,
+        "rounding": None,
     }  # fmt: skip
 
 
@@ -252,18 +253,17 @@ def error_when_narrow(model: nn.Module, share: float) -> None:
     model.b.register_forward_pre_hook(lambda module, args: args[0] * (1 + share * (args[0].shape[1] < 8)))
 
 
-@pytest.mark.parametrize(
-    ("steps", "error", "passed"),
-    [(0, 3e-16, True), (26, 3e-16, True), (26, 1e-11, False), (0, 1e-6, False), (60, 3e-16, False)],
-)
-def test_roundings_that_the_network_magnifies_are_allowed_for(steps: int, error: float, passed: bool):
+@pytest.mark.parametrize(("steps", "error"), [(26, 3e-16), (0, 1e-6)])
+def test_a_failure_says_what_roundings_alone_do(steps: int, error: float):
+    """A network that magnifies them fails, too, but its last bits do as much; in a sound one they do nothing."""
     model = magnifying(steps)
     graph = trace(model, IMAGE)
     error_when_narrow(model, error)
     keep = graph.keep_all()
     keep[::2] = False
     check = self_check(model, graph, keep)
-    assert check.passed is passed
-    assert (check.tolerance > 1e-9) is (steps > 0)
-    assert 1e-9 <= check.tolerance <= 1e-5
-    assert [g.name for g in culprits(model, graph, keep)] == ([] if passed else ["a"])
+    assert not check.passed and check.tolerance == 1e-9
+    assert [g.name for g in culprits(model, graph, keep)] == ["a"]
+    assert check.rounding is not None and f"{check.rounding:.1e}" in str(check)
+    assert (check.rounding > check.max_relative_error / 100) is (steps > 0)
+    assert self_check(model, graph, graph.keep_all()).rounding is None

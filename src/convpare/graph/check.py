@@ -19,8 +19,6 @@ from convpare.graph.trace import trace
 from convpare.modes import eval_mode
 
 TOLERANCE = 1e-9
-MAGNIFIED = 100  # times what the last bits of the weights do to the outputs is what an order of adding may do
-LOOSEST = 1e-5
 NARROW_TOLERANCE = 1e-4  # of a captured graph against its module in float32
 RAISED = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, ZeroDivisionError)
 
@@ -29,17 +27,18 @@ RAISED = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, ZeroD
 class SelfCheck:
     """Zeroed == removed in float64: the largest difference of the outputs, relative to the largest output.
 
-    The tolerance is 1e-9; where the network itself magnifies roundings so much that no two orders of adding agree to
-    that, it is 100 times what the last bits of the weights do to its outputs, up to 1e-5. `unproved` names the groups
-    that the proof leaves out, because their removal by nature changes the others. `narrow` is the difference of the
-    graph form from its module in the module's own type, where the two cannot be compared in float64 (a forward that
-    computes something in float32 whatever it is given); its tolerance is 1e-4.
+    `unproved` names the groups that the proof leaves out, because their removal by nature changes the others. `narrow`
+    is the difference of the graph form from its module in the module's own type, where the two cannot be compared in
+    float64 (a forward that computes something in float32 whatever it is given); its tolerance is 1e-4. `rounding`, of a
+    check that failed, is how much the last bits of the weights alone change the outputs: where that is about as much,
+    the network magnifies roundings, and nothing can be proved of it to this tolerance.
     """
 
     max_relative_error: float
     tolerance: float = TOLERANCE
     unproved: tuple[str, ...] = ()
     narrow: float | None = None
+    rounding: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -49,6 +48,8 @@ class SelfCheck:
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "FAILED"
         text = f"self-check {verdict}: relative error {self.max_relative_error:.1e} (tolerance {self.tolerance:.0e})"
+        if self.rounding is not None:
+            text += f"; the last bits of the weights alone change the outputs by {self.rounding:.1e}"
         if self.unproved:
             text += f"; groups that by nature change the others are not part of it ({len(self.unproved)})"
         if self.narrow is not None:
@@ -62,6 +63,7 @@ class SelfCheck:
             "tolerance": self.tolerance,
             "unproved": list(self.unproved),
             "narrow": self.narrow,
+            "rounding": self.rounding,
         }
 
 
@@ -76,18 +78,18 @@ def self_check(model: nn.Module, graph: Graph, keep: np.ndarray, seed: int = 0) 
     for group in graph.groups:
         exact[group.units] |= group.inexact is not None
     errors = [_difference(model, graph, exact, inputs)]
-    tolerance = _tolerance(model, graph, exact, inputs) if errors[0] > TOLERANCE else TOLERANCE
+    rounding = None if errors[0] <= TOLERANCE else _rounding(model, graph, exact, inputs)
     narrow = None
     if graph.form == "graph":
         infidelity = _infidelity(model, graph, inputs)
-        if infidelity <= tolerance:
+        if infidelity <= TOLERANCE:
             errors.append(infidelity)
         else:
             narrow = _narrow_infidelity(model, graph, inputs)
     unproved = tuple(g.name for g in graph.groups if g.inexact and not keep[g.units].all())
     if unproved:
         errors.append(_runs(model, graph, keep))
-    return SelfCheck(float(np.max(errors)), tolerance, unproved, narrow)
+    return SelfCheck(float(np.max(errors)), unproved=unproved, narrow=narrow, rounding=rounding)
 
 
 def culprits(model: nn.Module, graph: Graph, keep: np.ndarray, seed: int = 0) -> list[Group]:
@@ -97,9 +99,7 @@ def culprits(model: nn.Module, graph: Graph, keep: np.ndarray, seed: int = 0) ->
     for group in graph.groups:
         alone = graph.keep_all()
         alone[group.units] = keep[group.units]
-        if alone.all() or group.inexact or (error := _difference(model, graph, alone, inputs)) <= TOLERANCE:
-            continue
-        if not error <= _tolerance(model, graph, alone, inputs):
+        if not alone.all() and not group.inexact and not _difference(model, graph, alone, inputs) <= TOLERANCE:
             found.append(group)
     return found
 
@@ -167,16 +167,16 @@ def _difference(model: nn.Module, graph: Graph, keep: np.ndarray, inputs: list[C
     return compared(whole, lambda: outputs_of(small, inputs))
 
 
-def _tolerance(model: nn.Module, graph: Graph, keep: np.ndarray, inputs: list[Call], draws: int = 3) -> float:
-    """What must be allowed for roundings, which some networks magnify (sharp attention with random weights)."""
+def _rounding(model: nn.Module, graph: Graph, keep: np.ndarray, inputs: list[Call], draws: int = 3) -> float | None:
+    """The largest relative change of the zeroed network's outputs when the last bits of its weights move."""
     net = _in_double(zeroed(model, graph, keep))
     generator = torch.Generator().manual_seed(0)
     try:
         expected = outputs_of(net, inputs)
-    except RAISED:
-        return TOLERANCE
+    except RAISED:  # it runs in float32 alone
+        return None
     moved = [compared(expected, lambda: outputs_of(_last_bits_moved(net, generator), inputs)) for _ in range(draws)]
-    return float(np.clip(MAGNIFIED * np.max(moved), TOLERANCE, LOOSEST))
+    return float(np.max(moved))
 
 
 def _last_bits_moved(net: nn.Module, generator: torch.Generator) -> nn.Module:
