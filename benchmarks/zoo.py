@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT / "tests" / "graph"))
 import checks  # noqa: E402 - helpers of the tests, which are no package
 
 FORMS: tuple[Form, ...] = ("module", "graph")
+LINKED: Form = "linked"  # too, of models that are captured in parts
 PEER = "torch_pruning"
 PEER_SECONDS = 60
 TOLERANCE = 1e-9
@@ -69,6 +70,9 @@ one with zeros. Torch-Pruning with its defaults at a ratio of one half: "runs" i
 "exact" if it is the dense one with zeros in place of what is gone, to 1e-9: not so by nature where a layer norm counts
 its channels. CNN: a family without attention, recurrence or products of feature maps."""
 
+IN_PARTS = """Detectors: what torch.export can follow of them, see docs/operators.md. In the linked form channels go
+that one part hands to another, too."""
+
 
 def import_zoos() -> None:
     """Import torchvision, also a build for another torch: its models need two operators of its library at most."""
@@ -79,12 +83,18 @@ def import_zoos() -> None:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.impl("nms", nms, "CPU")
         _kept.append(library)
         import torchvision
-
-        torchvision.ops.boxes._assert_has_ops = lambda: None
+    if not torchvision.extension._has_ops() and torchvision.ops.boxes._assert_has_ops is not _nothing:
+        library = torch.library.Library("torchvision", "IMPL")
+        library.impl("nms", nms, "CPU")
+        _kept.append(library)
+        torchvision.ops.boxes._assert_has_ops = _nothing
     import timm  # noqa: F401
+
+
+def _nothing() -> None:
+    """There are operators now."""
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -220,7 +230,7 @@ def first_line(error: BaseException) -> str:
 
 def measure(name: str, parts: Sequence[str], notes: Notes) -> None:
     """Fill the record of a model with these parts, which are forms or the peer."""
-    forms = [form for form in FORMS if form in parts]
+    forms = [form for form in (*FORMS, LINKED) if form in parts]
     if forms:
         measure_ours(name, forms, notes)
     if PEER in parts and "failed" not in notes.record.get("model", {}):
@@ -263,7 +273,7 @@ def measure_form(model: nn.Module, inputs: Inputs, form: Form, notes: Notes) -> 
     keep = checks.random_keep(graph, 0)
     if not keep.all():
         entry |= run("check", lambda: checked(model, graph)) or {}
-        if form == FORMS[0]:
+        if form != "graph":
             entry |= run("effect", lambda: effect(model, inputs, graph, keep)) or {}
     if any("macs_at_half" in notes.record.get(other, {}) for other in FORMS):
         return  # the module form reached the budget; the graph form can do no less
@@ -517,7 +527,7 @@ class Worker:
         entry = self.record.setdefault(part, {"seconds": {}})
         entry["seconds"][phase] = round(time.monotonic() - self.started - before, 3)
         entry.setdefault("failed", {})[phase] = reason
-        if part in FORMS:
+        if part in (*FORMS, LINKED):
             entry.setdefault("captured", "no")
         self.stop()
 
@@ -582,7 +592,8 @@ class Store:
         wrong = {part for _, part, *_ in failures(name, record)}
         if "model" in wrong:
             return list(self.wanted) if again else []
-        return [part for part in self.wanted if part not in record or (again and part in wrong)]
+        wanted = [*self.wanted, LINKED] if in_parts(record) else self.wanted
+        return [part for part in wanted if part not in record or (again and part in wrong)]
 
     def save(self) -> None:
         """Write all, a line a model, as a whole or not at all."""
@@ -678,6 +689,10 @@ def tables(store: Store) -> str:
         table(["", *head], totals), "## Families", table(["library", "family", "", *head], rows),
         "## What keeps channels", table(["reason", *FORMS], reasons(list(models.values()))), "## Failures",
         table(["model", "part", "phase", "message"], [f for n in sorted(models) for f in failures(n, models[n])]),
+        "## Captured in parts", IN_PARTS, table(
+            ["model", "prunable: module form", "linked form", "error", "effect", "MACs asked 0.5"],
+            [linked_row(n, models[n]) for n in sorted(models) if in_parts(models[n])],
+        ),
         "## Models", table([*full, "Torch-Pruning", "seconds"], [model_row(n, models[n]) for n in sorted(models)]),
     ]) + "\n"  # fmt: skip
 
@@ -691,7 +706,7 @@ def reasons(records: Sequence[Record]) -> list[list[object]]:
 
 def failures(name: str, record: Record) -> list[list[str]]:
     rows = []
-    for part in ("model", *FORMS):
+    for part in ("model", *FORMS, LINKED):
         entry = record.get(part, {})
         rows += [[name, part, phase, reason] for phase, reason in entry.get("failed", {}).items()]
         if entry.get("exact") is False:
@@ -701,13 +716,27 @@ def failures(name: str, record: Record) -> list[list[str]]:
     return rows
 
 
+def in_parts(record: Record) -> bool:
+    return bool(record.get("module", {}).get("captured") == "parts")
+
+
+def linked_row(name: str, record: Record) -> list[object]:
+    e = record.get(LINKED, {})
+    shares = [percent(entry.get("prunable")) for entry in (record["module"], e)]
+    return [name, *shares, e.get("error", "-"), e.get("effect", "-"), at_half(record["module"] | e)]
+
+
+def at_half(entry: Record) -> object:
+    return entry.get("macs_at_half") or (f"≥ {entry['reachable']}" if "reachable" in entry else "-")
+
+
 def model_row(name: str, record: Record) -> list[object]:
     macs = next((record[form]["macs"] for form in FORMS if "macs" in record.get(form, {})), None)
     cells: list[object] = [name, f"{record['model'].get('params', 0) / 1e6:.1f}", f"{macs / 1e9:.2f}" if macs else "-"]
     for form in FORMS:
         e = record.get(form, {})
-        half = e.get("macs_at_half") or (f"≥ {e['reachable']}" if "reachable" in e else "-")
-        cells += [e.get("captured", "-"), percent(e.get("prunable")), e.get("error", "-"), e.get("effect", "-"), half]
+        found = [e.get("captured", "-"), percent(e.get("prunable")), e.get("error", "-"), e.get("effect", "-")]
+        cells += [*found, at_half(e)]
     return [*cells, peer(record[PEER]) if PEER in record else "-", f"{spent(record):.0f}"]
 
 

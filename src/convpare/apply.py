@@ -37,8 +37,8 @@ def apply(
 
     Args:
         form: "module": the same class with its own forward; "graph": the captured graph with its numbers rewritten, a
-            module that needs no other code. By default the form that the plan was made for; a plan for the module form
-            can be carried out in the graph form, too.
+            module that needs no other code; "linked": see `trace`. By default the form that the plan was made for; a
+            plan for the module form can be carried out in the graph form, too.
         graph: the trace of `model` (with the plan's merges done) in the plan's form, if it is at hand; else the model
             is traced on inputs of the plan's shapes.
         check: prove zeroed == removed in float64.

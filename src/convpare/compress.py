@@ -87,7 +87,7 @@ class CompressOptions:
         plan: of the plan.
         recover: of recovery; None: none.
         test_limit: how many test images to show; None: all.
-        form: "module" or "graph", see `apply`.
+        form: "module", "graph" or "linked", see `trace`.
     """
 
     plan: PlanOptions = field(default_factory=PlanOptions)

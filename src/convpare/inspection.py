@@ -114,7 +114,7 @@ def inspect(
     """Trace `model`, count it, measure its kernels, and with images its activations.
 
     Args:
-        form: "module" or "graph", see `apply`.
+        form: "module", "graph" or "linked", see `trace`.
         energy: the share of a kernel's squared norm that a chain of two layers must keep to take its place.
 
     Raises:
@@ -124,7 +124,7 @@ def inspect(
     tell("tracing", 0, 1)
     program = _captured(model, example_inputs)
     graph = trace(model, example_inputs, form=form, program=program)
-    bound = form == "module" and any(FOLLOWS_NOT in row.reason for row in graph.frozen)
+    bound = form != "graph" and program is not None and any(FOLLOWS_NOT in row.reason for row in graph.frozen)
     graph_form = prunable_share(trace(model, example_inputs, form="graph")) if bound else None
     kernels = measure_kernels(model, graph, energy, lambda done, total: tell("measuring kernels", done, total))
     tell("finding blocks", 0, 1)

@@ -139,7 +139,8 @@ def show_inspection(found: Inspection) -> None:
         show("not counted in MACs: " + ", ".join(f"{name} ×{n}" for name, n in graph.not_counted.items()))
     if graph.parts:
         names = list(dict.fromkeys(call.name for call in graph.parts))
-        show(f"captured in parts ({', '.join(names)}); what runs between them is left as it is")
+        crossing = "" if graph.form == "linked" else " (--form linked takes channels that one hands to another)"
+        show(f"captured in parts ({', '.join(names)}); what runs between them is left as it is{crossing}")
     if graph.unreached:
         show("not reached in evaluation mode (left as they are): " + ", ".join(graph.unreached))
     show(
@@ -198,7 +199,7 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
     """The plan, the stages, and before beside after. `note`: how the images were split, if there were any."""
     plan = done.plan
     scope = f", scope {plan.options['scope']}" if "scope" in plan.options else ""
-    form = ", graph form" if plan.form == "graph" else ""
+    form = "" if plan.form == "module" else f", {plan.form} form"
     show(f"plan for {plan.model} on {_shapes(plan.inputs)}, criterion {plan.criterion}{scope}{form}\n")
     if plan.edits:
         _show_table(_removals(plan))

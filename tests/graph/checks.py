@@ -19,6 +19,7 @@ from convpare.planning.cost import count, layer_cost, total_cost
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
 OUTPUT = "the model's output"
+WHOLE: tuple[Form, ...] = ("module", "graph")  # the forms that tell a whole model apart
 FOLLOWS_NOT = "takes a number from its forward that does not follow them"
 FIXED = "combines them with a tensor of fixed size"
 MADE = re.compile(r"channel_shuffle_\d+|c_.*|lifted_tensor_\d+")  # buffers that a graph form has and its module has not

@@ -28,12 +28,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checks import Witness, assert_attributes_true, calibrate, outputs, randomise, relative_difference
+from checks import WHOLE, Witness, assert_attributes_true, calibrate, outputs, randomise, relative_difference
 from torch import Tensor, nn
 from torch.utils._pytree import tree_structure
 
@@ -42,7 +42,7 @@ from convpare.graph.check import TOLERANCE, _in_double
 from convpare.graph.structure import Form
 from convpare.planning.cost import count, layer_cost, total_cost
 
-FORMS: tuple[Form, ...] = get_args(Form)
+FORMS: tuple[Form, ...] = WHOLE
 MOST_CHANNELS, MOST_POSITIONS = 48, 400
 
 # ------------------------------------------------------------------------ modules as one finds them, with their numbers

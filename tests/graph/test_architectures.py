@@ -6,13 +6,13 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FOLLOWS_NOT, OUTPUT, assert_exact, random_keep
+from checks import FOLLOWS_NOT, OUTPUT, WHOLE, assert_exact, random_keep
 from torch import nn
 
 from convpare.blocks.cifar import resnet20
 from convpare.blocks.mobilenet import mobilenet_v1_025
 from convpare.graph import Graph, removed, trace
-from convpare.graph.structure import FORMS, Form
+from convpare.graph.structure import Form
 
 torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
 
@@ -189,7 +189,7 @@ NORMED: dict[str, tuple[Build, int, dict[str, tuple[list[tuple[str, int]], list[
         convnext,
         32,
         dict.fromkeys(
-            FORMS,
+            WHOLE,
             (
                 [("features.1.0.block.3", 48), ("features.3.0.block.3", 80)],
                 [("features.0.0", 12), ("features.2.1", 20)],
@@ -199,7 +199,7 @@ NORMED: dict[str, tuple[Build, int, dict[str, tuple[list[tuple[str, int]], list[
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 @pytest.mark.parametrize("name", NORMED)
 def test_torchvision_with_layer_norms(name: str, form: Form):
     build, side, expected = NORMED[name]
@@ -493,7 +493,7 @@ IN_GRAPH: dict[str, tuple[list[tuple], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 @pytest.mark.parametrize("name", CASES)
 def test_small_net(name: str, form: Form):
     build, shapes, groups, fragments = CASES[name]
@@ -526,7 +526,7 @@ def test_what_is_tied_stays_tied():
     assert small.one.weight.shape == (6, 6, 3, 3)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_option_a(form: Form):
     """One stream of 16 channels runs through the zero-padded shortcuts; the others join in the middle of the net."""
     graph = assert_exact(resnet20, [(1, 3, 16, 16)], form=form)
@@ -535,7 +535,7 @@ def test_option_a(form: Form):
     assert reasons(graph) == set()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_mobilenet_v1(form: Form):
     graph = assert_exact(mobilenet_v1_025, [(1, 3, 64, 64)], form=form)
     assert [group.channels for group in graph.groups] == [8, 16, 32, 32, 64, 64, *[128] * 6, 256, 256]

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from checks import WHOLE
 from nets import Net, conv
 from torch import nn
 
 from convpare.errors import ConvpareError
 from convpare.graph import SelfCheck, culprits, removed, self_check, trace, zeroed
-from convpare.graph.structure import FORMS
 
 IMAGE = torch.zeros(2, 3, 8, 8)
 
@@ -58,7 +58,7 @@ def test_groups_that_change_the_others_are_no_part_of_the_proof():
 
     torch.manual_seed(0)
     model = Net(forward, a=conv(3, 4), n=nn.LayerNorm(4), b=conv(4, 6), c=conv(6, 2))
-    for form in FORMS:
+    for form in WHOLE:
         graph = trace(model, IMAGE, form)
         assert [(g.name, g.inexact is None) for g in graph.groups] == [("a", False), ("b", True)]
         keep = graph.keep_all()
@@ -180,7 +180,7 @@ def test_a_forward_that_writes_out_float32_is_checked_by_its_operators():
     """It does not run in float64 itself; its captured graph does."""
     torch.manual_seed(0)
     model = Net(lambda net, x: net.b(net.a(x).float()), a=conv(3, 4), b=conv(4, 2))
-    for form in FORMS:
+    for form in WHOLE:
         graph = trace(model, IMAGE, form)
         assert graph.channels == 4
         keep = graph.keep_all()

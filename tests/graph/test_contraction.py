@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FOLLOWS_NOT, assert_exact, between, frozen, graph_of, groups, marked, random_keep, units
+from checks import FOLLOWS_NOT, WHOLE, assert_exact, between, frozen, graph_of, groups, marked, random_keep, units
 from nets import Attention, BiasedAttention, Net, SharedKeys, conv, tokens, torch_attention
 from torch import Tensor, nn
 
 from convpare.graph import Graph, removed, self_check, trace
-from convpare.graph.structure import FORMS, Form
+from convpare.graph.structure import Form
 
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", WHOLE)
 IMAGE = torch.zeros(2, 3, 8, 8)
 SHAPE = [(2, 3, 8, 8)]
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from checks import (
     FOLLOWS_NOT,
+    WHOLE,
     assert_exact,
     between,
     frozen,
@@ -27,7 +28,7 @@ from convpare.artifact import load, save
 from convpare.errors import ConvpareError
 from convpare.graph import Graph, removed, self_check, trace
 from convpare.graph.graphform import graph_module
-from convpare.graph.structure import FORMS, Form
+from convpare.graph.structure import Form
 
 SHAPE = [(2, 3, 8, 8)]
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -576,7 +577,7 @@ def test_a_shuffle_that_is_not_seen_ties_its_slots(middle: Middle):
     assert [(g.name, g.channels) for g in graph.groups] == [("first", 2)]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 @pytest.mark.parametrize(
     ("middle", "says"),
     [
@@ -656,7 +657,7 @@ WRONG = {
     **{
         (f"divided by {what}", form): "0 / 0 in the zeroed network, while the smaller one is right"
         for what in ("a parameter", "their length")
-        for form in FORMS
+        for form in WHOLE
     },
 }
 CHOICES = [
@@ -664,7 +665,7 @@ CHOICES = [
         name, form, marks=pytest.mark.xfail(reason=WRONG[name, form], strict=True) if (name, form) in WRONG else ()
     )
     for name in TRICKY
-    for form in FORMS
+    for form in WHOLE
 ]
 
 

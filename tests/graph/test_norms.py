@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FOLLOWS_NOT, between, frozen, graph_of, groups, marked, random_keep, units
+from checks import FOLLOWS_NOT, WHOLE, between, frozen, graph_of, groups, marked, random_keep, units
 from nets import Net, StandardisedConv, conv
 from torch import Tensor, nn
 
 from convpare.graph import removed, self_check, trace
-from convpare.graph.structure import FORMS, Form
+from convpare.graph.structure import Form
 
 ALONE = [("a", 4, ("a",), ("z",))]
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", WHOLE)
 
 
 def last(norm: nn.Module, y: Tensor) -> Tensor:

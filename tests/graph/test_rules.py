@@ -8,14 +8,14 @@ import test_contraction
 import test_norms
 import torch
 import torch.nn.functional as F
-from checks import FIXED, FOLLOWS_NOT, OUTPUT, between, frozen, graph_of, groups, marked, random_keep, units
+from checks import FIXED, FOLLOWS_NOT, OUTPUT, WHOLE, between, frozen, graph_of, groups, marked, random_keep, units
 from nets import Net, conv
 from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
 from convpare.graph import mends, removed, rule, self_check, trace
 from convpare.graph.rules import RULES
-from convpare.graph.structure import FORMS, Form
+from convpare.graph.structure import Form
 
 
 def test_every_kind_of_rule_has_its_test():
@@ -86,7 +86,7 @@ def test_convolution_with_a_computed_kernel_in_the_graph_form():
     assert marked(by_activation) == {"a": "mean in Net averages over them"}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_convolution_depthwise_with_groups_written(form: Form):
     graph = between(lambda net, y: F.conv2d(y, net.k, groups=3), 3, 6, form, k=torch.zeros(6, 1, 3, 3))
     if form == "module":
@@ -318,7 +318,7 @@ MOVED: dict[str, tuple[Middle, list[int], list[int], str | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 @pytest.mark.parametrize("name", MOVED)
 def test_moved(name: str, form: Form):
     middle, before, after, operator = MOVED[name]
@@ -351,7 +351,7 @@ def test_move():
     assert (units(graph, "z.weight", 1), frozen(graph)) == ([0, 1, 2, 3], {})
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_reshape(form: Form):
     """A shuffle: in the graph form a choice of positions, in the module the parts shrink alike."""
 
@@ -388,7 +388,7 @@ def test_reshape_that_lays_two_kinds_of_channels_on_one_axis():
     assert frozen(graph) == {"a": [(4, reason)], "b": [(3, reason)]}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_expand(form: Form):
     graph = between(lambda net, y: y * net.g(y.mean((2, 3), keepdim=True)).expand_as(y), 4, 4, form, g=conv(4, 4))
     assert groups(graph) == [("a", 4, ("a", "g"), ("g", "z"))]
@@ -404,7 +404,7 @@ def test_expand(form: Form):
         assert frozen(over) == {"a": [(4, reason)]}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_created(form: Form):
     """A tensor of as many channels as it meets is made anew with fewer."""
     graph = between(lambda net, y: y + torch.ones(1, 1, 8, 8) + torch.zeros(y.shape), 4, 4, form)
@@ -417,7 +417,7 @@ def test_created(form: Form):
         assert frozen(wide) == {"a": [(4, f"ones in Net {FOLLOWS_NOT}")]}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_constant(form: Form):
     for value in (torch.arange(4.0), torch.linspace(0, 1, 4)):
         graph = between(lambda net, y, value=value: y + value[:, None, None], 4, 4, form)
@@ -440,7 +440,7 @@ def test_pick_range():
     assert units(open_ended, "a.weight") == [0, 1, 2, 3] * 2
     number = between(lambda net, y: y[:, 2:], 8, 6, "graph").rewrites
     assert [(r.path, r.count.sign, r.count.offset) for r in number] == [((2,), 1, 0)]
-    for form in FORMS:  # which counts from the front where it can: -0 is the front
+    for form in WHOLE:  # which counts from the front where it can: -0 is the front
         graph = between(lambda net, y: y[:, -3:].relu(), 8, 3, form)
         keep = graph.keep_all()
         keep[0] = False
@@ -451,7 +451,7 @@ def test_pick_range():
             assert (1, "slice in Net counts from the last of them") in frozen(graph)["a"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_pick_one(form: Form):
     """The channel that is picked by its number stays; in the module form those before it, which move it, may, too."""
     graph = between(lambda net, y: y * y.select(1, 2)[:, None], 6, 6, form)
@@ -473,7 +473,7 @@ def test_pick_one(form: Form):
     assert number.count(keep) % 4 == 3
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_roll(form: Form):
     graph = between(lambda net, y: y.roll(1, 1), 4, 4, form)
     assert frozen(graph) == {"a": [(4, "roll in Net rolls the axis that they lie on")]}
@@ -483,7 +483,7 @@ def test_roll(form: Form):
     assert list(frozen(everything)) == ["a"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_index_select(form: Form):
     computed = between(lambda net, y: y.index_select(1, torch.arange(3)), 4, 3, form)
     assert frozen(computed) == {"a": [(4, "index_select in Net picks channels by computed positions")]}
@@ -491,7 +491,7 @@ def test_index_select(form: Form):
     assert groups(in_space) == [("a", 4, ("a",), ("z",))]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_index(form: Form):
     for pick in (lambda y: y[:, [3, 0, 1]], lambda y: y[:, torch.tensor([2, 2, 1])]):
         graph = between(lambda net, y, pick=pick: pick(y), 4, 3, form)
@@ -500,7 +500,7 @@ def test_index(form: Form):
     assert groups(in_space) == [("a", 4, ("a",), ("z",))]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_embedding(form: Form):
     """Rows are looked up and stay; the channels of a row are a layer's where they meet one's."""
 
@@ -513,7 +513,7 @@ def test_embedding(form: Form):
     assert groups(graph) == [("a", 4, ("a",), ("z",))]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_split(form: Form):
     computed = between(lambda net, y: torch.cat(y.split(y.shape[1] // 2, 1)[::-1], 1), 6, 6, form)
     assert units(computed, "a.weight") == ([0, 1, 2, 0, 1, 2] if form == "module" else [0, 1, 2, 3, 4, 5])
@@ -523,7 +523,7 @@ def test_split(form: Form):
     assert groups(in_space) == [("a", 4, ("a",), ("z",))]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_pad(form: Form):
     spatial = between(
         lambda net, y: F.pad(F.pad(y, (1, 0, 2, 1), value=3.0), (1, 1, 1, 1), mode="circular"), 4, 4, form
@@ -597,7 +597,7 @@ def test_stack():
 # ---------------------------------------------------------------------------------------------------- what has no rule
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WHOLE)
 def test_unknown_operator_freezes_and_is_named(form: Form):
     graph = between(lambda net, y: torch.cumprod(y, 3), 4, 4, form)
     assert groups(graph) == []

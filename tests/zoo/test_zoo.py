@@ -17,8 +17,8 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "graph")]
 from checks import random_keep  # noqa: E402 - zoo knows where it is
 
 import zoo  # noqa: E402 - a script, which is no package
-from convpare.graph import self_check, trace  # noqa: E402
-from convpare.graph.structure import FORMS, Form  # noqa: E402
+from convpare.graph import removed, self_check, trace, zeroed  # noqa: E402
+from convpare.graph.structure import Form  # noqa: E402
 from convpare.planning.cost import prunable_share  # noqa: E402
 
 # model → share of the MACs that hang on removable channels: in the module form, in the graph form
@@ -44,7 +44,7 @@ SAMPLE: dict[str, tuple[float, float]] = {
 EXPECTED_FAILURES: dict[tuple[str, Form], str] = {}  # may only shrink: what stands here and passes is an error
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_model_of_the_zoo(name: str, form: Form, request: pytest.FixtureRequest):
     if (name, form) in EXPECTED_FAILURES:
@@ -53,6 +53,26 @@ def test_a_model_of_the_zoo(name: str, form: Form, request: pytest.FixtureReques
     torch.manual_seed(0)
     model, inputs = zoo.prepared(name)
     graph = trace(model, inputs, form=form)
-    assert prunable_share(graph) >= SAMPLE[name][FORMS.index(form)] - 1e-3
+    assert prunable_share(graph) >= SAMPLE[name][zoo.FORMS.index(form)] - 1e-3
     check = self_check(model, graph, random_keep(graph, 0))
     assert check.passed, check
+
+
+def test_a_detector_captured_in_parts():
+    """Its feature maps lose channels, too, in the linked form; what it finds in a picture is the same."""
+    zoo.import_zoos()
+    model, inputs = zoo.prepared("torchvision:ssdlite320_mobilenet_v3_large")
+    graph = trace(model, inputs, form="linked")
+    assert [(part.name, len(part.links), len(part.inner)) for part in graph.parts] == [
+        ("backbone", 0, 6),
+        ("head", 6, 0),
+    ]
+    assert prunable_share(graph) == 1
+    keep = random_keep(graph, 0)
+    check = self_check(model, graph, keep)
+    assert check.passed, check
+    dense, small = zeroed(model, graph, keep).double(), removed(model, graph, keep).double()
+    picture = [x.double() for x in inputs]
+    found = zoo.outputs(dense, picture)
+    assert [tuple(x.shape) for x in found] == [(300, 4), (300,)]  # boxes and scores
+    assert zoo.difference(found, zoo.outputs(small, picture)) <= 1e-12

@@ -10,6 +10,7 @@ from cyclopts.validators import Number
 
 from convpare.cli.files import check_json, check_output
 from convpare.errors import ConvpareError
+from convpare.graph.structure import Form
 from convpare.importance import criteria, get_criterion
 from convpare.planning.planner import PlanOptions
 from convpare.planning.solver import Budget
@@ -36,11 +37,12 @@ ModelName = Annotated[
     ),
 ]
 FormArgument = Annotated[
-    Literal["module", "graph"],
+    Form,
     Parameter(
         group=METHOD,
         help="module: the model's own class and forward; graph: the captured graph with its numbers rewritten, which "
-        "loads without the model's code",
+        "loads without the model's code; linked: of a model that is captured in parts, as module, and the channels go, "
+        "too, that one part hands to another as it does on the example",
     ),
 ]
 JsonFile = Annotated[

@@ -64,7 +64,7 @@ def menders(record: Record) -> Iterator[tuple[str, Tensor, Mender]]:
 
 def _sources(record: Record, spelled: Spelled) -> Iterator[tuple[str, int | None]]:
     """The attributes of the module around it from which a number may have come: name, and index in a list."""
-    module = record.modules.get(spelled.modules[-1]) if spelled.modules and record.form == "module" else None
+    module = record.modules.get(spelled.modules[-1]) if spelled.modules and record.form != "graph" else None
     if module is None or mender_for(module) is not None:
         return
     at: Any = spelled.node.kwargs if isinstance(spelled.path[0], str) else spelled.node.args

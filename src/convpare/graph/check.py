@@ -3,15 +3,16 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convpare.errors import ConvpareError
+from convpare.graph.links import fed
 from convpare.graph.parts import noise
 from convpare.graph.structure import Call, Graph, Group
 from convpare.graph.surgery import removed, zeroed
@@ -119,7 +120,11 @@ def _cast(calls: Sequence[Call], model: nn.Module) -> list[Call]:
     def cast(x: Tensor) -> Tensor:
         return x.to(dtype) if x.is_floating_point() else x
 
-    return [Call(c.name, *tree_map_only(Tensor, cast, (c.args, dict(c.kwargs)))) for c in calls]
+    found = []
+    for call in calls:
+        args, kwargs = tree_map_only(Tensor, cast, (call.args, dict(call.kwargs)))
+        found.append(replace(call, args=args, kwargs=kwargs))
+    return found
 
 
 def _runs(model: nn.Module, graph: Graph, keep: np.ndarray) -> float:
@@ -237,12 +242,18 @@ def _default_dtype(wide: bool) -> Iterator[None]:
 
 
 def outputs_of(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    found = []
+    """What the calls return, of parts that hand tensors to each other what nothing else reads apart."""
+    found: list[Tensor] = []
+    made: list[list[Any]] = []
     wide = any(x.dtype == torch.float64 for x in _leaves([call.args for call in calls]))
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _default_dtype(wide):
         for call in calls:
             torch.default_generator.manual_seed(0)  # a forward that draws numbers draws the same ones in both nets
-            found += _leaves(model.get_submodule(call.name)(*call.args, **call.kwargs))
+            given = fed(call, made)
+            result = model.get_submodule(call.name)(*given.args, **given.kwargs)
+            made.append(tree_leaves(result) if call.name else [])
+            inner = {id(made[-1][leaf]) for leaf in call.inner}
+            found += [x for x in _leaves(result) if id(x) not in inner]
     return [x for x in found if x.is_floating_point()]
 
 

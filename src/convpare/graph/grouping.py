@@ -26,6 +26,7 @@ def assemble(record: Record) -> Graph:
         return np.asarray(unit_of[classes[labels.numpy()]])
 
     counted = [(s, Count(units_of(s.labels), s.sign, s.offset)) for s in record.spelled]
+    rewrites = [Rewrite(record.name_of(s.node), s.path, count) for s, count in counted if (count.units >= 0).any()]
     return Graph(
         model=type(record.model).__name__,
         inputs=record.inputs,
@@ -38,7 +39,7 @@ def assemble(record: Record) -> Graph:
         frozen=_frozen(slots, record.layers, reasons),
         mends=tuple(Mend(name, units_of(labels), mender) for name, labels, mender in menders(record)),
         attributes=tuple(attributes(record, counted)),
-        rewrites=tuple(Rewrite(s.node.name, s.path, count) for s, count in counted if (count.units >= 0).any()),
+        rewrites=tuple(rewrites),
         shuffles=tuple(Shuffle(n.name, units_of(labels), at.numpy()) for n, labels, at in record.shuffles),
         spared=record.spared,
         not_counted=record.not_counted,

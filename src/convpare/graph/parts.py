@@ -1,7 +1,7 @@
 """What was captured of a model: the whole, or where that cannot be, the largest submodules that can."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convpare.errors import ConvpareError
 from convpare.graph.capture import CannotCapture, capture, capture_call
+from convpare.graph.links import Recording, linked
 from convpare.graph.structure import Call
 from convpare.modes import eval_mode
 
@@ -24,40 +25,59 @@ class Part:
     program: ExportedProgram
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
-    """A call of a module during a run of the model, and the modules whose forwards it ran in, itself the last."""
+    """A call of a module during a run of the model, and what it returned."""
 
     call: Call
-    within: tuple[str, ...]
+    made: Any = None
 
 
 @dataclass
 class Watched:
-    """What a run of the model showed: the calls of its modules, and inside of which modules each parameter was read."""
+    """What a run of the model showed: the calls of its modules, where its parameters were read, and the result."""
 
     calls: list[Seen]
     reads: list[tuple[str, tuple[str, ...]]]
+    result: Any = None
 
 
-def capture_parts(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[list[Part], list[str]]:
-    """The captured parts of `model`, and the parameters and buffers that are read outside of them.
+@dataclass(frozen=True)
+class Captured:
+    """The parts in the order of their calls; if they are not the whole, what runs around them and what it reads."""
+
+    parts: tuple[Part, ...]
+    recording: Recording | None = None
+    outside: tuple[str, ...] = ()  # parameters and buffers
+
+
+def capture_parts(model: nn.Module, args: tuple[Tensor, ...], link: bool = False) -> Captured:
+    """Capture the model, or where that cannot be its largest submodules that can.
 
     Where the model cannot be captured as a whole it is run once on `args`, as it stands, to see what its submodules are
-    given; each that `torch.export` can follow is captured for every call, the others give way to their submodules.
+    given; each that `torch.export` can follow is captured for every call, the others give way to their submodules. With
+    `link`, what the parts hand to each other is found by `linked`.
 
     Raises:
         ConvpareError: the model does not run on these inputs, or nothing of it can be captured.
     """
     try:
-        return [Part(Call("", args, {}), capture(model, args))], []
+        return Captured((Part(Call("", args, {}), capture(model, args)),))
     except CannotCapture as error:
         seen = _watched(model, args)
         parts = _largest(model, "", seen.calls)
         if not parts:
             raise ConvpareError(f"{error} None of its submodules can be captured either.") from error
-    inside = {part.call.name for part in parts}
-    return parts, sorted({name for name, within in seen.reads if not inside & set(within)})
+    program = {id(part.call): part.program for part in parts}
+    ran = [s for s in seen.calls if id(s.call) in program]
+    recording = Recording(args, tuple(s.call for s in ran), tuple(s.made for s in ran), seen.result)
+    calls = linked(model, recording) if link else recording.calls
+    inside = {call.name for call in calls}
+    return Captured(
+        tuple(Part(call, program[id(s.call)]) for call, s in zip(calls, ran, strict=True)),
+        replace(recording, calls=calls),
+        tuple(sorted({name for name, within in seen.reads if not inside & set(within)})),
+    )
 
 
 def recapture(model: nn.Module, calls: Sequence[Call]) -> list[ExportedProgram]:
@@ -96,25 +116,27 @@ class _Reads(TorchFunctionMode):
 
 
 def _watched(model: nn.Module, args: tuple[Tensor, ...]) -> Watched:
-    seen, running = Watched([], []), cast(list[str], [])
+    seen, running, entered = Watched([], []), cast(list[str], []), cast(list[Seen], [])
     handles = []
 
     def enter(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             running.append(name)
-            seen.calls.append(Seen(Call(name, args, dict(kwargs)), tuple(running)))
+            entered.append(Seen(Call(name, args, dict(kwargs))))
+            seen.calls.append(entered[-1])
 
         return hook
 
-    def leave(*_: Any) -> None:
+    def leave(_: nn.Module, args: Any, made: Any) -> None:
         running.pop()
+        entered.pop().made = made
 
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _Reads(model, running, seen.reads):
-            model(*args)
+            seen.result = model(*args)
     finally:
         for handle in handles:
             handle.remove()
@@ -128,7 +150,7 @@ def hollow(call: Call) -> Call:
         return x.to("meta") if x.is_floating_point() else x
 
     args, kwargs = tree_map_only(Tensor, emptied, (call.args, dict(call.kwargs)))
-    return Call(call.name, args, kwargs)
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def noise(call: Call, generator: torch.Generator, device: torch.device) -> Call:
@@ -140,4 +162,4 @@ def noise(call: Call, generator: torch.Generator, device: torch.device) -> Call:
         return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device)
 
     args, kwargs = tree_map_only(Tensor, drawn, (call.args, dict(call.kwargs)))
-    return Call(call.name, args, kwargs)
+    return replace(call, args=args, kwargs=kwargs)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from convpare.errors import ConvpareError
 from convpare.graph.grouping import assemble
 from convpare.graph.labels import Value
+from convpare.graph.links import fed, replayed
 from convpare.graph.mending import own, synced
 from convpare.graph.parts import recapture
 from convpare.graph.record import Record
@@ -39,7 +41,8 @@ def settled(model: nn.Module, record: Record) -> Graph:
     """
     graph = assemble(record)
     sites = _sites(record)
-    if not sites and not any(record.constants) and not any(map(_has_numbers, record.values)):
+    linked = any(call.links for call in record.calls)
+    if not sites and not linked and not any(record.constants) and not any(map(_has_numbers, record.values)):
         return graph
     graph = _follow(model, record, graph, sites, marked=False)
     return _follow(model, record, graph, sites, marked=True) if any(g.inexact for g in graph.groups) else graph
@@ -146,13 +149,30 @@ class Trial:
                 gone = int(some.integers(1, group.channels // 2 + 1))
             keep[group.start + some.choice(group.channels, gone, replace=False)] = False
         self._touch_every_number(groups, keep)
+        stays = torch.from_numpy(staying(self.unit_of, keep)[self.classes])
         try:
-            programs = _captured(self.model, self.record.calls, lambda trial: remove_(trial, self.graph, keep))
+            calls = self._narrowed(stays)
+            programs = _captured(self.model, calls, lambda trial: remove_(trial, self.graph, keep))
         except ConvpareError as error:  # whatever the user's forward raises when a size no longer fits
             return self._lines_of(error)
         if not all(map(_same_constants, programs, self.record.constants)):
             return set()
-        return self._compare([node for program in programs for node in program.graph.nodes], keep)
+        return self._compare([node for program in programs for node in program.graph.nodes], keep, stays)
+
+    def _narrowed(self, stays: Tensor) -> Sequence[Call]:
+        """The calls of the parts, what they hand to each other in its new shape, which what lies between must bear."""
+        record = self.record
+        linked = {made for call in record.calls for made in call.links.values()}
+        if record.recording is None or not linked:
+            return record.calls
+        shapes = {made: _foretold(record.outputs[made], stays) for made in linked}
+        if replayed(self.model, record.recording, shapes) != [dict(call.links) for call in record.calls]:
+            raise ConvpareError(f"{type(self.model).__name__} hands other tensors from part to part")
+        made = [
+            [x.new_empty(shapes[n, i]) if (n, i) in shapes else None for i, x in enumerate(tree_leaves(out))]
+            for n, out in enumerate(record.recording.made)
+        ]
+        return [fed(call, made) for call in record.calls]
 
     def _touch_every_number(self, groups: Sequence[Group], keep: np.ndarray) -> None:
         """Of the channels that each number counts let one go at least, where its group keeps another."""
@@ -177,14 +197,14 @@ class Trial:
                 return {s.site for s in self.record.spelled if s.site[0] == line}
         return set()
 
-    def _compare(self, nodes: list[Node], keep: np.ndarray) -> set[Site] | None:
-        stays = torch.from_numpy(staying(self.unit_of, keep)[self.classes])
+    def _compare(self, nodes: list[Node], keep: np.ndarray, stays: Tensor) -> set[Site] | None:
         nodes = [node for node in nodes if operator_name(node) not in ELIDED]
         known = {dense: value for dense, value in self.record.values.items() if operator_name(dense) not in ELIDED}
         if len(nodes) != len(known):
             return set()
         for node, (dense, value) in zip(nodes, known.items(), strict=True):
-            args, kwargs = rewritten(dense.args, dense.kwargs, self.rewrites.get(dense.name, ()), keep)
+            known_as = self.record.name_of(dense)
+            args, kwargs = rewritten(dense.args, dense.kwargs, self.rewrites.get(known_as, ()), keep)
             same = operator_name(node) == operator_name(dense)
             same = same and _numbers(_filled(dense, args, kwargs)) == _numbers(_filled(node, node.args, node.kwargs))
             if not same or not _as_foretold(node.meta.get("val"), value, stays):
@@ -234,9 +254,14 @@ def _as_foretold(result: Any, value: Any, stays: Tensor) -> bool:
         return all(_as_foretold(r, v, stays) for r, v in zip(result, value, strict=True))
     if not isinstance(result, Tensor) or not isinstance(value, Value):
         return True
+    return _foretold(value, stays) == tuple(result.shape)
+
+
+def _foretold(value: Value, stays: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor in the smaller net."""
     shape = list(value.shape)
     for axis in range(value.ndim):
         rows = [stays[f].movedim(axis, 0).reshape(f.shape[axis], -1).any(1) for f in value.on(axis)]
         if rows:  # several kinds of channels on one axis: an element stays if each of its channels does
             shape[axis] = int(torch.stack(rows).all(0).sum())
-    return shape == list(result.shape)
+    return tuple(shape)

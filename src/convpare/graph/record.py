@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from convpare.graph.labels import Labels
+from convpare.graph.links import Recording
 from convpare.graph.structure import Axis, Call, Form, Layer, Mender
 from convpare.graph.tracer import Spelled
 
@@ -33,6 +34,14 @@ class Record:
     spared: frozenset[Axis]  # what the zeroed network keeps, lest it divides by zero
     not_counted: Mapping[str, int]
     unreached: tuple[str, ...]
+    outputs: Mapping[tuple[int, int], Any]  # of each captured part: the leaves of its output
+    recording: Recording | None = None  # of what runs around the parts
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
+        self.number = {graph: n for n, graph in enumerate(dict.fromkeys(node.graph for node in self.values))}
+
+    def name_of(self, node: Node) -> str:
+        """The name of a node, which several captured parts may each have one of."""
+        number = self.number[node.graph]
+        return f"{number}.{node.name}" if number else node.name

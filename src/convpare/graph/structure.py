@@ -14,8 +14,8 @@ from convpare.errors import ConvpareError
 Axis = tuple[str, int]
 """A parameter or buffer (its name in the model) and one of its dimensions."""
 
-Form = Literal["module", "graph"]
-FORMS: tuple[Form, ...] = ("module", "graph")
+Form = Literal["module", "graph", "linked"]
+FORMS: tuple[Form, ...] = ("module", "graph", "linked")
 """What surgery works on: the eager module, or the captured graph with the numbers in it rewritten."""
 
 Mender = Callable[[nn.Module, np.ndarray], None]
@@ -166,11 +166,17 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a submodule; "" is the whole model."""
+    """A call of a submodule; "" is the whole model.
+
+    `links`: which leaf of the arguments is which leaf of the output of which earlier call. `inner`: the leaves of this
+    call's output that only later calls read.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    links: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    inner: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

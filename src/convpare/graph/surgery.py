@@ -58,7 +58,7 @@ def remove_(model: nn.Module, graph: Graph, keep: np.ndarray) -> None:
 
 def zeroed(model: nn.Module, graph: Graph, keep: np.ndarray) -> nn.Module:
     """A copy of `model` of the same shape, zero wherever a dropped channel is borne. The oracle for `removed`."""
-    dense = copy.deepcopy(model) if graph.form == "module" else graph_module(model, graph, graph.keep_all())
+    dense = graph_module(model, graph, graph.keep_all()) if graph.form == "graph" else copy.deepcopy(model)
     tensors = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
     with torch.no_grad():
         for (name, dim), units in graph.units.items():

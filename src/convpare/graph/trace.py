@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -19,7 +20,7 @@ from convpare.graph.capture import Inputs, as_args, capture
 from convpare.graph.grouping import aliases, assemble
 from convpare.graph.labels import Labels, Value, compact, support
 from convpare.graph.normal import normalise
-from convpare.graph.parts import Part, capture_parts
+from convpare.graph.parts import Captured, Part, capture_parts
 from convpare.graph.probe import settled
 from convpare.graph.record import Record
 from convpare.graph.rules import RULES
@@ -27,6 +28,7 @@ from convpare.graph.rules.common import freeze_values
 from convpare.graph.structure import FORMS, Call, Form, Graph
 from convpare.graph.tracer import Spelled, Tracer
 
+BEYOND = "beyond which nothing could be captured"
 MULTIPLYING = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
 
 
@@ -43,15 +45,17 @@ def trace(
         example_inputs: a tensor, or the tuple of tensors that the forward takes. MACs are counted for exactly
             these shapes, batch included; the values do not matter.
         form: what surgery will work on: "module", the module itself with its own forward, whose numbers must come true
-            by themselves; or "graph", the captured graph, in which every number is rewritten.
-        program: for the module form, the model as `capture` gave it for these inputs, if it is at hand.
+            by themselves; "linked", the same, where parts are captured that hand tensors to each other: these channels
+            go, too, on the word of whoever asks for it that the forward hands them on whatever its values are, as it
+            does on the example; or "graph", the captured graph, in which every number is rewritten.
+        program: for the forms that keep the module, the model as `capture` gave it for these inputs, if it is at hand.
 
     Raises:
         ConvpareError: the model does not run on these inputs, or its forward cannot be captured.
     """
     args = as_args(example_inputs)
-    if form == "module":
-        return settled(model, read(model, args, program))
+    if form in ("module", "linked"):
+        return settled(model, read(model, args, program, linked=form == "linked"))
     if form != "graph":
         raise ConvpareError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
     program = capture(model, args)
@@ -61,14 +65,17 @@ def trace(
     return replace(graph, program=program, batched=batch_numbers(model, args, program), folded=normal.folded)
 
 
-def read(model: nn.Module, args: tuple[Tensor, ...], program: ExportedProgram | None = None) -> Record:
+def read(
+    model: nn.Module, args: tuple[Tensor, ...], program: ExportedProgram | None = None, linked: bool = False
+) -> Record:
     """Capture the model, or the parts of it that can be, and run them on label tensors."""
-    whole = None if program is None else [Part(Call("", args, {}), program)]
-    parts, outside = capture_parts(model, args) if whole is None else (whole, [])
+    whole = None if program is None else Captured((Part(Call("", args, {}), program),))
+    captured = whole or capture_parts(model, args, linked)
     interpreter = Interpreter(model, "module", args)
-    record = interpreter.run(parts, {})
+    form: Form = "linked" if linked else "module"
+    record = replace(interpreter.run(captured.parts, {}), form=form, recording=captured.recording)
     for name, value in interpreter.t.tensors.items():
-        if name in outside:
+        if name in captured.outside:
             freeze_values(interpreter.t, [value], f"{name} is read where nothing could be captured, too")
     return record
 
@@ -81,15 +88,18 @@ class Interpreter:
         self.aliases = aliases(model)  # a tied parameter stands in the graph once for each of its names
         self.reached: set[str] = set()
         self.values: dict[Node, Any] = {}
+        self.given: dict[str, Any] = {}  # inputs of the captured part that an earlier part made
+        self.outputs: dict[tuple[int, int], Any] = {}
         self.t = Tracer(model, form)
 
     def run(self, parts: Sequence[Part], positions: Mapping[str, Tensor]) -> Record:
         t = self.t
-        for part in parts:
+        for number, part in enumerate(parts):
             self._enter(part, positions)
             for node in part.program.graph.nodes:
                 t.node = node
                 self.values[node] = getattr(self, f"_{node.op}")(node)
+            self._leave(part, number)
         for labels, reason in t.sums if t.spoiled else ():
             t.labels.mark_inexact(labels, reason)
         settle(t.labels, t.packed)
@@ -104,7 +114,7 @@ class Interpreter:
             t.root, t.form, self.inputs, tuple(part.call for part in parts),
             [part.program.constants for part in parts], t.labels, t.slots, shapes, parameters,
             self.values, list(t.layers.values()), spelled, t.shuffles, t.features, frozenset(t.spared),
-            dict(t.uncounted), tuple(dict.fromkeys(name.rpartition(".")[0] for name in unreached)),
+            dict(t.uncounted), tuple(dict.fromkeys(name.rpartition(".")[0] for name in unreached)), self.outputs,
         )  # fmt: skip
         tie_attributes(record)
         return record
@@ -115,10 +125,25 @@ class Interpreter:
         self.t.part = part.call.name
         self.t.constants = {node: part.program.constants[name] for node, name in lifted.items()} | dict(positions)
         prefix = f"{part.call.name}." if part.call.name else ""
+        inputs = [spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+        self.given = {inputs[leaf]: self.outputs[made] for leaf, made in part.call.links.items()}
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.t.names = {node: self.aliases.get(prefix + name, prefix + name) for node, name in named.items()}
 
+    def _leave(self, part: Part, number: int) -> None:
+        """Channels that come to an end of the network stay; outputs that only later parts read are no end."""
+        (node,) = [node for node in part.program.graph.nodes if node.op == "output"]
+        specs = part.program.graph_signature.output_specs
+        leaves = [x for x, s in zip(self.values[node], specs, strict=True) if s.kind is OutputKind.USER_OUTPUT]
+        self.outputs |= {(number, leaf): x for leaf, x in enumerate(leaves)}
+        beyond = f"the output of {self.t.part}, {BEYOND}"
+        reason = beyond if self.t.part else "the model's output"
+        ends = [x for leaf, x in enumerate(leaves) if leaf not in part.call.inner]
+        freeze_values(self.t, [x for x in ends if isinstance(x, Value)], reason)
+
     def _placeholder(self, node: Node) -> Any:
+        if node.name in self.given:
+            return self.given[node.name]
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return value
@@ -162,11 +187,8 @@ class Interpreter:
         freeze_values(self.t, values, f"no rule for operator {self.t.where} on {shape}")
         return _without_fields(node.meta.get("val"))
 
-    def _output(self, node: Node) -> None:
-        outputs = map_arg(node.args, self.values.__getitem__)
-        beyond = f"the output of {self.t.part}, beyond which nothing could be captured"
-        reason = beyond if self.t.part else "the model's output"
-        freeze_values(self.t, [v for v in _flatten(outputs) if isinstance(v, Value)], reason)
+    def _output(self, node: Node) -> Any:
+        return map_arg(node.args[0], self.values.__getitem__)
 
 
 def settle(labels: Labels, packed: Sequence[Tensor]) -> None:

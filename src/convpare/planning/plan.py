@@ -127,7 +127,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [
             f"plan for {self.model} on {_shapes(self.inputs)}, criterion {self.criterion}"
-            + (", graph form" if self.form == "graph" else ""),
+            + ("" if self.form == "module" else f", {self.form} form"),
             f"{'':<12}{'before':>16}{'after':>16}{'achieved':>10}{'requested':>11}",
         ]
         for metric in ("macs", "params"):

@@ -16,7 +16,7 @@ from convpare.graph.merging import merge_all
 from convpare.graph.probe import FOLLOWS_NOT
 from convpare.graph.structure import Graph, Group
 from convpare.graph.surgery import zeroed
-from convpare.graph.trace import trace
+from convpare.graph.trace import BEYOND, trace
 from convpare.importance import Context, Criterion, Ranking, get_criterion
 from convpare.planning.cost import count, total_cost
 from convpare.planning.plan import Plan, RemoveChannels
@@ -281,8 +281,10 @@ def _hint(graph: Graph, options: PlanOptions) -> str:
         hints.append("scope all takes residual streams, too")
     if not options.inexact and any(g.inexact for g in graph.groups):
         hints.append("marked groups stay whole without inexact (--inexact)")
-    if graph.form == "module" and any(FOLLOWS_NOT in f.reason for f in graph.frozen):
+    if graph.form != "graph" and any(FOLLOWS_NOT in f.reason for f in graph.frozen):
         hints.append("the graph form (--form graph) follows numbers that the module's forward writes out")
+    if graph.form == "module" and any(BEYOND in f.reason for f in graph.frozen):
+        hints.append("the linked form (--form linked) takes channels that captured parts hand to each other")
     return "".join(f"; {hint}" for hint in hints)
 
 
