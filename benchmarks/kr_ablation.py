@@ -8,7 +8,6 @@ once, to the network after its last epoch. In the end the tables and the two cla
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -30,6 +29,7 @@ from convpare.data import ImageSet, load_data
 from convpare.data.moving_digits import moving_digits
 from convpare.evaluation import evaluate
 from convpare.planning.cost import count
+from convpare.points import PointStore
 from convpare.recovery.training import TrainOptions, train_
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,8 +107,7 @@ class Training:
         history = train_(model, images.to(self.device), labels.to(self.device), self.options)
         seconds = time.perf_counter() - started
         return {
-            **self.key(), "R": self.design.ranks, "K": self.design.channels, "params": cost.params, "macs": cost.macs,
-            "seed": self.options.seed, "epochs": self.options.epochs,
+            "R": self.design.ranks, "K": self.design.channels, "params": cost.params, "macs": cost.macs,
             "train_top1": top1(model, images[:TRAIN_SHOWN], labels[:TRAIN_SHOWN]), "test_top1": top1(model, *test),
             "losses": [round(epoch.loss, 5) for epoch in history], "seconds": round(seconds, 1), "device": self.device,
             "torch": torch.__version__,
@@ -161,38 +160,27 @@ def dims_of(spec: str) -> int:
     return 3 if spec == "moving-digits" else 2
 
 
-def stored(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def found(points: list[dict[str, Any]], training: Training) -> dict[str, Any] | None:
-    """The stored result of a training."""
-    key = training.key()
-    return next((point for point in points if all(point[name] == value for name, value in key.items())), None)
-
-
-def run(arguments: argparse.Namespace, path: Path) -> None:
-    points = stored(path)
-    missing = [training for training in trainings(arguments) if found(points, training) is None][: arguments.limit]
-    if not missing:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool, path.open("a") as file:
-        for done, point in enumerate(pool.imap_unordered(Training.measure, missing), 1):
-            file.write(json.dumps(point) + "\n")
-            file.flush()
-            design = point["design"]
-            name = f"{design['kind']}-{design['dims']}d, K/R {design['ratio']}, R {point['R']}, seed {point['seed']}"
+def run(arguments: argparse.Namespace, store: PointStore) -> None:
+    missing = [training for training in trainings(arguments) if store.get(training.key()) is None][: arguments.limit]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        for done, (training, found) in enumerate(pool.imap_unordered(measured, missing), 1):
+            store.add(training.key(), found)
+            name = f"{training.sweep}, K/R {training.design.exact_ratio}, R {found['R']}, seed {training.options.seed}"
             print(
-                f"{done}/{len(missing)} {name}: {point['test_top1']:.2f} %, {point['seconds']:.0f} s", file=sys.stderr
+                f"{done}/{len(missing)} {name}: {found['test_top1']:.2f} %, {found['seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
             )
 
 
-def tables(arguments: argparse.Namespace, path: Path) -> str:
-    points = stored(path)
+def measured(training: Training) -> tuple[Training, dict[str, Any]]:
+    return training, training.measure()
+
+
+def tables(arguments: argparse.Namespace, store: PointStore) -> str:
     results: dict[tuple[str, Design], list[dict[str, Any]]] = {}
     for training in trainings(arguments):
-        point = found(points, training)
+        point = store.get(training.key())
         results.setdefault((training.sweep, training.design), []).extend([point] if point else [])
     return "\n".join(itertools.chain.from_iterable(section(sweep, results) for sweep in chosen(arguments)))
 
@@ -291,6 +279,7 @@ def parsed() -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parsed()
-    path = arguments.folder / "kr_ablation.jsonl"
-    run(arguments, path)
-    print(tables(arguments, path))
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    store = PointStore(arguments.folder / "kr_ablation.jsonl", "training")
+    run(arguments, store)
+    print(tables(arguments, store))
