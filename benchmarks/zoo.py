@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from convpare.errors import ConvpareError
-from convpare.graph import Graph, removed, self_check, trace, zeroed
+from convpare.graph import Graph, check, removed, self_check, trace, zeroed
 from convpare.graph.structure import Form
 from convpare.planning.cost import count, total_cost
 from convpare.planning.plan import Plan
@@ -340,8 +340,14 @@ def smaller_shapes(model: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> tup
 
 
 def effect(model: nn.Module, inputs: Inputs, graph: Graph, keep: np.ndarray) -> Record:
-    """How much the removal changes the outputs: a check that sees no change is blind."""
-    return {"effect": number(difference(outputs(model, inputs), outputs(zeroed(model, graph, keep), inputs)))}
+    """How much the removal changes what the self-check compares: a check that sees no change is blind."""
+    dense = zeroed(model, graph, keep)
+    if graph.parts:  # a detector may find nothing in noise
+        calls = check._noise(model, graph, 0)
+        pairs = [check.outputs_of(net.double(), calls) for net in (copy.deepcopy(model), dense)]
+    else:
+        pairs = [outputs(net, inputs) for net in (model, dense)]
+    return {"effect": number(difference(*pairs))}
 
 
 def planned(model: nn.Module, inputs: Inputs, graph: Graph) -> Plan | float:

@@ -117,7 +117,7 @@ def test_outputs_that_are_whole_numbers_prove_nothing():
     graph = trace(model, IMAGE)
     keep = graph.keep_all()
     keep[0] = False
-    with pytest.raises(ConvpareError, match="the model returns no floating-point tensor"):
+    with pytest.raises(ConvpareError, match="the model returns no floating-point numbers"):
         self_check(model, graph, keep)
 
 

@@ -184,6 +184,31 @@ def test_numbers_in_a_later_part():
     assert_whole_is_exact(model, graph)
 
 
+def test_a_head_that_finds_nothing_is_proven_all_the_same():
+    """A part that the example gives an empty batch is compared on one element."""
+
+    def between(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = net.body(x)
+        return y, net.head(y[y.mean((1, 2, 3)) > 1e9])
+
+    model = parted(between)
+    graph = trace(model, IMAGE.double())
+    assert [tuple(part.args[0].shape) for part in graph.parts] == [(2, 3, 8, 8), (0, 6, 6, 6)]
+    assert names(graph) == ["body.0", "head.0"]
+    keep = random_keep(graph, 0)
+    check = self_check(model, graph, keep)
+    assert check.passed, check
+    torch.nn.utils.parametrize.register_parametrization(model.head[2], "weight", Uneven())
+    assert not self_check(model, graph, keep).passed
+
+
+class Uneven(nn.Module):
+    """A weight that is another one when it is narrow."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight if weight.shape[1] == 5 else 2 * weight
+
+
 def test_draws_between_the_parts_are_the_same_ones():
     def between(net: Any, x: Tensor) -> Tensor:
         y = net.body(x)

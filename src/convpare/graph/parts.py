@@ -154,12 +154,16 @@ def hollow(call: Call) -> Call:
 
 
 def noise(call: Call, generator: torch.Generator, device: torch.device) -> Call:
-    """The same call on normal noise in float64; tensors of whole numbers as they were."""
+    """The same call on normal noise in float64; tensors of whole numbers as they were.
+
+    Where a part was given an empty tensor (a head that found nothing in the picture), it has one element here.
+    """
 
     def drawn(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device)
+        shape = [max(size, 1) for size in x.shape]
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
     args, kwargs = tree_map_only(Tensor, drawn, (call.args, dict(call.kwargs)))
     return replace(call, args=args, kwargs=kwargs)
