@@ -343,7 +343,7 @@ def effect(model: nn.Module, inputs: Inputs, graph: Graph, keep: np.ndarray) -> 
     """How much the removal changes what the self-check compares: a check that sees no change is blind."""
     dense = zeroed(model, graph, keep)
     if graph.parts:  # a detector may find nothing in noise
-        calls = check._noise(model, graph, 0)
+        calls = check.calls_on_noise(model, graph, 0)
         pairs = [check.outputs_of(net.double(), calls) for net in (copy.deepcopy(model), dense)]
     else:
         pairs = [outputs(net, inputs) for net in (model, dense)]

@@ -1,6 +1,7 @@
 """Carry a plan out: surgery on a copy, and the proof that it was right."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from convpare.errors import ConvpareError
+from convpare.factorize.edit import chain_error, factorized
 from convpare.graph.check import SelfCheck, culprits, self_check
 from convpare.graph.merging import merged_in_turn
 from convpare.graph.structure import Form, Graph
@@ -17,7 +19,10 @@ from convpare.planning.plan import Plan
 
 
 class FailedCheck(ConvpareError):  # noqa: N818 - what failed is the check
-    """The smaller network is not the same function; `groups` names the edits that are wrong, each alone."""
+    """The smaller network is not the same function.
+
+    `groups` names the edits that are wrong, each alone: groups, or layers that became chains.
+    """
 
     def __init__(self, check: SelfCheck, groups: tuple[str, ...]) -> None:
         self.check, self.groups = check, groups
@@ -66,8 +71,28 @@ def carry_out(
     if result is not None and not result.passed:
         raise FailedCheck(result, tuple(group.name for group in culprits(model, graph, keep)))
     small = removed(model, graph, keep)
+    if plan.factorizations:
+        small, result = _factorized(small, graph, plan, result)
     _notes(small)["_convpare_plan"] = plan
     return small, result
+
+
+def _factorized(
+    small: nn.Module, graph: Graph, plan: Plan, result: SelfCheck | None
+) -> tuple[nn.Module, SelfCheck | None]:
+    """The network with chains, and the check, where one is wanted, with that of the chains."""
+    if graph.form == "graph":
+        raise ConvpareError("layers are factorized in the module form; the graph form cannot be given chains yet")
+    chained, factors = factorized(small, plan.factorizations)
+    if result is None:
+        return chained, None
+    error = chain_error(small, chained, graph, factors)
+    result = replace(result, max_relative_error=float(np.max([result.max_relative_error, error])))
+    if not result.passed:
+        alone = {e.layer: factorized(small, [e]) for e in plan.factorizations}
+        errors = {name: chain_error(small, net, graph, own) for name, (net, own) in alone.items()}
+        raise FailedCheck(result, tuple(name for name, error in errors.items() if not error <= result.tolerance))
+    return chained, result
 
 
 def _as_graph(module: Graph, keep: np.ndarray, graph: Graph) -> tuple[Graph, np.ndarray]:

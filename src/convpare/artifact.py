@@ -35,6 +35,7 @@ from torch.nn.parameter import is_lazy
 from convpare import __version__
 from convpare.data.preprocessing import Preprocessing
 from convpare.errors import ConvpareError
+from convpare.factorize.edit import skeleton_
 from convpare.graph import portable
 from convpare.graph.mending import numbers, set_numbers
 from convpare.graph.merging import merge_
@@ -155,7 +156,7 @@ def load_artifact(directory: str | Path, factory: Factory | None = None) -> Arti
     module = _build(record, factory, str(directory))
     try:
         if record.plan is not None and record.graph is None:
-            _merge(module, record.plan)
+            _restructure(module, record.plan)
         _set_all_numbers(module, record)
         _fill(module, tensors, record.aliases)
         if record.graph is not None:
@@ -249,13 +250,14 @@ def _build(record: "_Record", factory: Factory | None, directory: str) -> nn.Mod
     return module
 
 
-def _merge(module: nn.Module, plan: Plan) -> None:
-    """The modules as the plan's merges leave them; the weights are those of the file."""
+def _restructure(module: nn.Module, plan: Plan) -> None:
+    """The modules as the plan's merges and factorizations leave them; the weights are those of the file."""
     for merge in plan.merges:
         try:
             merge_(module, [merge])
         except (KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ConvpareError(f"its layers do not allow for the merge of {merge.expansion!r} ({error})") from error
+    skeleton_(module, plan.factorizations)
 
 
 def _set_all_numbers(module: nn.Module, record: "_Record") -> None:

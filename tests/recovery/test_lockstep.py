@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from convpare.blocks import resnet20
 from convpare.errors import ConvpareError
+from convpare.factorize import chain, factorize
 from convpare.graph.tracer import operator_name
-from convpare.recovery.lockstep import Run, check_aligned
+from convpare.recovery.lockstep import Run, aligned
 
 
 def batches(count: int = 2, *shape: int) -> list[Tensor]:
@@ -96,13 +97,33 @@ def test_alignment():
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ReLU()),
     )
     run = Run(one, batches(1))
-    check_aligned(run, Run(same, batches(1)))
+    twin = Run(same, batches(1))
+    assert aligned(run, twin) == dict(zip(twin.nodes, run.nodes, strict=True))
     for wrong in (other, longer):
         with pytest.raises(
             ConvpareError, match=r"runs other operators than the original .* choose batch-norm recalibration"
         ):
-            check_aligned(run, Run(wrong, batches(1)))
+            aligned(run, Run(wrong, batches(1)))
     assert [operator_name(n) for n in run.nodes] == ["aten.conv2d", "aten.relu"]
+
+
+def test_alignment_of_a_layer_with_its_chain():
+    """A convolution that pads circularly is two operators; of its chain each layer pads along its own axis."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Linear(16, 5, bias=False), nn.ReLU()
+    )
+    small = nn.Sequential(
+        chain(dense[0], factorize(dense[0], "oh|iw", 2)), nn.ReLU(), chain(dense[2], factorize(dense[2], "o|i", 2)),
+        nn.ReLU(),
+    )  # fmt: skip
+    left, right = Run(dense, batches(1)), Run(small, batches(1))
+    found = aligned(left, right, ["0", "2"])
+    names = ["aten.conv2d", "aten.relu", "aten.linear", "aten.relu"]
+    assert [operator_name(n) for n in found] == [operator_name(n) for n in found.values()] == names
+    assert [right.tensors[n.args[1]] for n in found if len(n.args) > 1] == ["0.1.weight", "2.1.weight"]
+    with pytest.raises(ConvpareError, match="runs other operators"):
+        aligned(left, right, ["0"])
 
 
 class Autocast(nn.Module):

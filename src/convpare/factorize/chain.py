@@ -74,6 +74,14 @@ class Layout:
             for n, shape in enumerate(self.shapes)
         )
 
+    def outputs(self, extents: Iterable[Extent]) -> int:
+        """Output elements of all links for these calls of the layer, batch included."""
+        return sum(
+            extent.batch * math.prod(shape[:2]) * math.prod(self._positions(n, extent, after=True))
+            for extent in extents
+            for n, shape in enumerate(self.shapes)
+        )
+
     @property
     def bearers(self) -> tuple[int, ...]:
         """For each spatial index the link that strides and pads along it.
@@ -85,8 +93,9 @@ class Layout:
         along = zip(*(shape[3:] for shape in self.shapes), strict=True)
         return tuple(next((n for n, size in enumerate(sizes) if size > 1), spare) for sizes in along)
 
-    def _positions(self, link: int, extent: Extent) -> tuple[int, ...]:
-        done = [bearer < link or (bearer == link and not self.transposed) for bearer in self.bearers]
+    def _positions(self, link: int, extent: Extent, after: bool = False) -> tuple[int, ...]:
+        """Along each axis how often a link applies its kernel; or the size of its output."""
+        done = [bearer < link or (bearer == link and (after or not self.transposed)) for bearer in self.bearers]
         return tuple(extent.out[n] if d else extent.into[n] for n, d in enumerate(done))
 
 

@@ -74,7 +74,7 @@ def self_check(model: nn.Module, graph: Graph, keep: np.ndarray, seed: int = 0) 
     Both are copies. The inputs are normal noise of the traced shapes from a generator of their own. The graph form is
     compared with the module that it was captured from, too.
     """
-    inputs = _noise(model, graph, seed)
+    inputs = calls_on_noise(model, graph, seed)
     exact = keep.copy()
     for group in graph.groups:
         exact[group.units] |= group.inexact is not None
@@ -95,7 +95,7 @@ def self_check(model: nn.Module, graph: Graph, keep: np.ndarray, seed: int = 0) 
 
 def culprits(model: nn.Module, graph: Graph, keep: np.ndarray, seed: int = 0) -> list[Group]:
     """The groups whose removal, each alone, fails the self-check."""
-    inputs = _noise(model, graph, seed)
+    inputs = calls_on_noise(model, graph, seed)
     found = []
     for group in graph.groups:
         alone = graph.keep_all()
@@ -105,7 +105,7 @@ def culprits(model: nn.Module, graph: Graph, keep: np.ndarray, seed: int = 0) ->
     return found
 
 
-def _noise(model: nn.Module, graph: Graph, seed: int) -> list[Call]:
+def calls_on_noise(model: nn.Module, graph: Graph, seed: int = 0) -> list[Call]:
     """The calls to compare on: of the whole model, or of the parts of it that were captured."""
     generator = torch.Generator().manual_seed(seed)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -129,7 +129,7 @@ def _cast(calls: Sequence[Call], model: nn.Module) -> list[Call]:
 
 def _runs(model: nn.Module, graph: Graph, keep: np.ndarray) -> float:
     """Whether the smaller network, which must give other values, gives finite ones of the same shapes."""
-    inputs = _cast(_noise(model, graph, 0), model)
+    inputs = _cast(calls_on_noise(model, graph, 0), model)
     try:
         pairs = list(zip(outputs_of(model, inputs), outputs_of(removed(model, graph, keep), inputs), strict=True))
     except RAISED:

@@ -5,12 +5,13 @@ normalisation, activations, pooling and the operators in `Graph.not_counted` are
 buffers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
+from convpare.factorize.edit import Factorize, layout_in
 from convpare.graph.capture import Inputs, as_args
 from convpare.graph.grouping import assemble
 from convpare.graph.structure import Axis, Graph, Layer
@@ -24,6 +25,9 @@ class Cost:
     macs: int
     params: int
     activations: int
+
+    def __iter__(self) -> Iterator[int]:
+        yield from (self.macs, self.params, self.activations)
 
     def to_json(self) -> dict[str, int]:
         return {"macs": self.macs, "params": self.params, "activations": self.activations}
@@ -113,6 +117,26 @@ def total_cost(graph: Graph, keep: np.ndarray) -> Cost:
     layers = [layer_cost(graph, layer, keep) for layer in graph.layers]
     params = sum(_numel(graph, name, keep) for name in graph.parameters)
     return Cost(sum(c.macs for c in layers), params, sum(c.activations for c in layers))
+
+
+def planned_cost(graph: Graph, keep: np.ndarray, factorizations: Iterable[Factorize] = ()) -> Cost:
+    """The cost of the whole network under the mask `keep` (channels,), with these layers as chains after that.
+
+    Raises:
+        ConvpareError: there is no such layer, or its kernel cannot take the form.
+    """
+    cost = total_cost(graph, keep)
+    for edit in factorizations:
+        layer = graph.layer(edit.layer)
+        dense, chain = layer_cost(graph, layer, keep), chain_cost(graph, layer, keep, edit.form, edit.ranks)
+        cost = Cost(*(total + new - old for total, new, old in zip(cost, chain, dense, strict=True)))
+    return cost
+
+
+def chain_cost(graph: Graph, layer: Layer, keep: np.ndarray, form: str, ranks: tuple[int, ...]) -> Cost:
+    """The cost of one layer as a chain under the mask `keep` (channels,)."""
+    layout = layout_in(graph, layer, keep, form, ranks)
+    return Cost(layout.macs(layer.extents), layout.params, layout.outputs(layer.extents))
 
 
 def _numel(graph: Graph, name: str, keep: np.ndarray) -> int:

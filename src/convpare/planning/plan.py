@@ -11,9 +11,11 @@ from typing import Any, cast
 import numpy as np
 
 from convpare.errors import ConvpareError
+from convpare.factorize.edit import Factorize
+from convpare.factorize.forms import get_form
 from convpare.graph.merging import Merge
 from convpare.graph.structure import FORMS, Form, Graph
-from convpare.planning.cost import Cost, total_cost
+from convpare.planning.cost import Cost, planned_cost
 
 SCHEMA = 1
 
@@ -45,6 +47,7 @@ class Plan:
 
     `requested` has the budgets as fractions of `before`; `after` is exact, not an estimate. `merges` are expansions
     that the layers after them take in; they come first, and the other edits are of the network that they leave.
+    `factorizations` come last: of layers as removals leave them.
     """
 
     model: str
@@ -57,6 +60,11 @@ class Plan:
     edits: tuple[RemoveChannels, ...] = field(default=())
     form: Form = "module"
     merges: tuple[Merge, ...] = ()
+    factorizations: tuple[Factorize, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.factorizations and self.form == "graph":
+            raise ConvpareError("a plan of the graph form cannot factorize layers yet; make it for the module form")
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -90,7 +98,7 @@ class Plan:
     def without(self, groups: Sequence[str], graph: Graph) -> "Plan":
         """The plan without its edits of these groups, its cost made true."""
         kept = replace(self, edits=tuple(e for e in self.edits if e.group not in groups))
-        return replace(kept, after=total_cost(graph, kept.keep(graph)))
+        return replace(kept, after=planned_cost(graph, kept.keep(graph), kept.factorizations))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -107,6 +115,7 @@ class Plan:
             "edits": [
                 *({"edit": "merge", **merge.to_json()} for merge in self.merges),
                 *(edit.to_json() for edit in self.edits),
+                *(edit.to_json() for edit in self.factorizations),
             ],
         }
 
@@ -138,9 +147,11 @@ class Plan:
             )
         width = max([len(e.group) for e in self.edits] + [5])
         rows += [f"{m.expansion} ({m.r} → {m.k}) is merged into {', '.join(m.consumers)}" for m in self.merges]
-        rows.append(f"{'group':<{width}} {'channels':>9} {'kept':>6}  removed")
+        if self.edits:
+            rows.append(f"{'group':<{width}} {'channels':>9} {'kept':>6}  removed")
         for edit in self.edits:
             rows.append(f"{edit.group:<{width}} {edit.channels:>9} {len(edit.keep):>6}  {_share(edit)}")
+        rows += _table_of(self.factorizations)
         return "\n".join(rows)
 
 
@@ -168,6 +179,17 @@ def _share(edit: RemoveChannels) -> str:
     return "█" * filled + "░" * (20 - filled) + f" {100 * edit.removed / edit.channels:5.1f} %"
 
 
+def _table_of(factorizations: Sequence[Factorize]) -> list[str]:
+    if not factorizations:
+        return []
+    width = max(5, *(len(edit.layer) for edit in factorizations))
+    rows = [f"{'layer':<{width}} {'weight':>16} {'becomes':>12}  ranks"]
+    for edit in factorizations:
+        ranks = ", ".join(map(str, edit.ranks))
+        rows.append(f"{edit.layer:<{width}} {_shapes([edit.shape]):>16} {edit.form:>12}  {ranks}")
+    return rows
+
+
 def _read_plan(data: object) -> Plan:
     plan = _typed(data, dict, "a plan")
     schema = _get(plan, "schema", int)
@@ -175,10 +197,12 @@ def _read_plan(data: object) -> Plan:
         raise ConvpareError(f"the plan has schema {schema}, this version reads schema {SCHEMA}; update convpare")
     listed = [_typed(edit, dict, "an edit") for edit in _get(plan, "edits", list)]
     merges = tuple(_read_merge(edit) for edit in listed if edit.get("edit") == "merge")
-    edits = tuple(_read_edit(edit) for edit in listed if edit.get("edit") != "merge")
-    most = Counter(edit.group for edit in edits).most_common(1)
-    if most and most[0][1] > 1:
-        raise ConvpareError(f"the plan edits group {most[0][0]!r} {most[0][1]} times; one edit a group is expected")
+    factorizations = tuple(_read_factorize(edit) for edit in listed if edit.get("edit") == "factorize")
+    edits = tuple(_read_edit(edit) for edit in listed if edit.get("edit") not in ("merge", "factorize"))
+    for what, names in (("group", [e.group for e in edits]), ("layer", [e.layer for e in factorizations])):
+        most = Counter(names).most_common(1)
+        if most and most[0][1] > 1:
+            raise ConvpareError(f"the plan edits {what} {most[0][0]!r} {most[0][1]} times; one edit is expected")
     return Plan(
         model=_get(plan, "model", str),
         inputs=tuple(tuple(_ints(shape, "inputs")) for shape in _get(plan, "inputs", list)),
@@ -190,6 +214,7 @@ def _read_plan(data: object) -> Plan:
         edits=edits,
         form=_read_form(plan),
         merges=merges,
+        factorizations=factorizations,
     )
 
 
@@ -211,10 +236,26 @@ def _read_merge(edit: dict[str, Any]) -> Merge:
     )
 
 
+def _read_factorize(edit: dict[str, Any]) -> Factorize:
+    layer, form = _get(edit, "layer", str), _get(edit, "form", str)
+    ranks, shape = (tuple(_ints(_get(edit, key, list), key)) for key in ("ranks", "shape"))
+    if not ranks or min(ranks) < 1 or len(shape) < 2 or min(shape) < 1:
+        raise ConvpareError(f"layer {layer!r} must have ranks and sizes of 1 or more in the plan")
+    get_form(form)
+    return Factorize(layer, form, ranks, shape, _error(edit))
+
+
+def _error(edit: dict[str, Any]) -> float | None:
+    error = edit.get("error")
+    return None if error is None else float(_typed(error, (int, float), "error"))
+
+
 def _read_edit(edit: dict[str, Any]) -> RemoveChannels:
     kind = edit.get("edit")
     if kind != "remove_channels":
-        raise ConvpareError(f"the plan has an edit {reprlib.repr(kind)}; this version knows remove_channels and merge")
+        raise ConvpareError(
+            f"the plan has an edit {reprlib.repr(kind)}; this version knows merge, remove_channels and factorize"
+        )
     group, channels = _get(edit, "group", str), _get(edit, "channels", int)
     keep = tuple(_ints(_get(edit, "keep", list), "keep"))
     if not keep or len(set(keep)) != len(keep) or min(keep) < 0 or max(keep) >= channels:
@@ -222,10 +263,7 @@ def _read_edit(edit: dict[str, Any]) -> RemoveChannels:
             f"group {group!r} must keep at least one of its {channels} channels, each once, numbered from 0; "
             f"the plan keeps {len(keep)}: {str(list(keep[:6]))[:80]}"
         )
-    error = edit.get("error")
-    return RemoveChannels(
-        group, tuple(sorted(keep)), channels, None if error is None else float(_typed(error, (int, float), "error"))
-    )
+    return RemoveChannels(group, tuple(sorted(keep)), channels, _error(edit))
 
 
 def _read_cost(data: dict[str, Any]) -> Cost:

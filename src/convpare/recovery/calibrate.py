@@ -147,7 +147,8 @@ def _least_squares(
     if plan.form == "graph":  # operator by operator as the student is
         teacher = removed(teacher, graph, graph.keep_all())
     student = copy.deepcopy(small)
-    done = compensate_(student, teacher, graph, plan.keep(graph), fit, options.least_squares, on_progress)
+    chains = [edit.layer for edit in plan.factorizations]
+    done = compensate_(student, teacher, graph, plan.keep(graph), fit, options.least_squares, on_progress, chains)
     return student, done
 
 

@@ -13,8 +13,8 @@ the one before makes harmless; this loss never rises.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch.fx import Node
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Graph, Layer
 from convpare.graph.tracer import operator_name
-from convpare.recovery.lockstep import Run, check_aligned
+from convpare.recovery.lockstep import Run, aligned
 from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
@@ -75,7 +75,9 @@ class Fitted:
 class Site:
     """A layer in the running graph: its node, what follows it linearly, and where a rectifier clips what comes then."""
 
-    layer: Layer
+    layer: Layer  # of a chain, the last one
+    name: str
+    channels: Tensor  # of the original's output that it puts out
     node: Node
     norm: Node | None
     end: Node  # the node at which the output is compared: the layer itself, its norm, or the sum
@@ -93,11 +95,13 @@ def compensate_(
     images: Tensor,
     options: LeastSquares = LeastSquares(),
     on_progress: Callable[[int, int], None] | None = None,
+    chains: Collection[str] = (),
 ) -> Fitted:
     """Re-fit `student` in place.
 
     Args:
         student: `teacher` without the channels that the mask `keep` (channels of `graph`,) drops.
+        chains: layers that the student has as chains of layers, of which the last ones are fitted.
         images: (n, …) calibration images; both networks' activations for all of them are in memory, layer by layer.
         on_progress: called with (layers done, layers in all).
 
@@ -107,28 +111,31 @@ def compensate_(
     """
     tensors: dict[str, Tensor] = dict(student.named_parameters(remove_duplicate=False))
     tensors.update(student.named_buffers(remove_duplicate=False))
-    _check_student(tensors, graph, keep)
+    chained = {name: str(len(student.get_submodule(name)) - 1) for name in chains}  # type: ignore[arg-type]
+    _check_student(tensors, graph, keep, chained)
     batches = _equal_batches(images)
     left, right = Run(teacher, batches), Run(student, batches)
-    check_aligned(left, right)
-    sites, kept = _sites(right, graph, keep, options)
-    twins = [left.nodes[right.position[s.end]] for s in sites]
+    twin_of = aligned(left, right, chains)
+    sites, kept = _sites(right, graph, keep, tensors, chained, options)
+    twins = [twin_of[s.end] for s in sites]
     left.snapshot(twins)
     generator = torch.Generator().manual_seed(options.seed)
     for number, (site, twin) in enumerate(zip(sites, twins, strict=True)):
         right.advance(right.position[site.node])
-        left.advance(right.position[site.end] + 1)
-        channels = torch.as_tensor(graph.kept(site.layer.out, keep))
-        problem = _Problem.gather(site, right, left.value(twin), channels, tensors, options, generator)
+        left.advance(left.position[twin] + 1)
+        problem = _Problem.gather(site, right, left.value(twin), tensors, options, generator)
         problem.solve(options)
         left.forget(twin)
         if on_progress is not None:
             on_progress(number + 1, len(sites))
-    return Fitted(tuple(s.layer.name for s in sites), kept)
+    return Fitted(tuple(s.name for s in sites), kept)
 
 
-def _check_student(tensors: Mapping[str, Tensor], graph: Graph, keep: np.ndarray) -> None:
+def _check_student(tensors: Mapping[str, Tensor], graph: Graph, keep: np.ndarray, chained: Mapping[str, str]) -> None:
+    replaced = {f"{name}.{kind}" for name in chained for kind in ("weight", "bias")}
     for name, shape in graph.shapes.items():
+        if name in replaced:
+            continue
         expected = tuple(len(graph.kept((name, axis), keep)) for axis in range(len(shape)))
         if name not in tensors or tensors[name].shape != expected:
             got = tuple(tensors[name].shape) if name in tensors else "missing"
@@ -148,9 +155,12 @@ def _equal_batches(images: Tensor, size: int = 64) -> list[Tensor]:
     return list(torch.split(images[: len(images) // size * size], size))
 
 
-def _sites(run: Run, graph: Graph, keep: np.ndarray, options: LeastSquares) -> tuple[list[Site], dict[str, str]]:
-    """The layers to fit in the order of execution: all from the first on that reads fewer channels."""
-    layers = {layer.weight: layer for layer in graph.layers}
+def _sites(
+    run: Run, graph: Graph, keep: np.ndarray, tensors: Mapping[str, Tensor], chained: Mapping[str, str],
+    options: LeastSquares,
+) -> tuple[list[Site], dict[str, str]]:  # fmt: skip
+    """The layers to fit in the order of execution: all from the first on that reads fewer channels or is a chain."""
+    layers = {_last(layer, chained).weight: layer for layer in graph.layers}
     calls: dict[str, list[Node]] = {}
     for node in run.nodes:
         name = _weight_name(run, node)
@@ -159,15 +169,25 @@ def _sites(run: Run, graph: Graph, keep: np.ndarray, options: LeastSquares) -> t
     found, kept, changed = [], {}, False
     for name, nodes in calls.items():
         layer = layers[name]
-        changed = changed or len(graph.kept(layer.into, keep)) < graph.shapes[name][layer.in_axis]
+        narrower = len(graph.kept(layer.into, keep)) < graph.shapes[layer.weight][layer.in_axis]
+        changed = changed or narrower or layer.name in chained
         if not changed:
             continue
-        reason = _why_not(layer, run, graph, keep, options)
+        channels, layer = torch.as_tensor(graph.kept(layer.out, keep)), _last(layer, chained)
+        reason = _why_not(layer, run, tensors[name], options)
         if reason:
-            kept[layer.name] = reason
+            kept[layers[name].name] = reason
         else:
-            found.append(_site(run, layer, nodes[0]))
+            found.append(_site(run, layer, layers[name].name, channels, nodes[0]))
     return found, kept
+
+
+def _last(layer: Layer, chained: Mapping[str, str]) -> Layer:
+    """The last layer of the chain that a layer has become, if it has."""
+    if layer.name not in chained:
+        return layer
+    name = f"{layer.name}.{chained[layer.name]}"
+    return replace(layer, name=name, weight=f"{name}.weight", bias=layer.bias and f"{name}.bias")
 
 
 def _weight_name(run: Run, node: Node) -> str:
@@ -175,9 +195,8 @@ def _weight_name(run: Run, node: Node) -> str:
     return run.tensors.get(weight, "") if isinstance(weight, Node) else ""
 
 
-def _why_not(layer: Layer, run: Run, graph: Graph, keep: np.ndarray, options: LeastSquares) -> str | None:
-    axes = range(1, len(graph.shapes[layer.weight]))
-    unknowns = math.prod(len(graph.kept((layer.weight, axis), keep)) for axis in axes)
+def _why_not(layer: Layer, run: Run, weight: Tensor, options: LeastSquares) -> str | None:
+    unknowns = math.prod(weight.shape[1:])
     if layer.kind == "conv_transpose":
         return "transposed convolutions are not fitted"
     if run.uses[layer.weight] > 1:
@@ -187,24 +206,24 @@ def _why_not(layer: Layer, run: Run, graph: Graph, keep: np.ndarray, options: Le
     return None
 
 
-def _site(run: Run, layer: Layer, node: Node) -> Site:
+def _site(run: Run, layer: Layer, name: str, channels: Tensor, node: Node) -> Site:
     norm, here, end, other = None, node, node, None
     while len(here.users) == 1:
         user = next(iter(here.users))
-        name = operator_name(user)
-        if name == "aten.batch_norm" and norm is None and _is_affine(run, user, node, layer):
+        operator = operator_name(user)
+        if operator == "aten.batch_norm" and norm is None and _is_affine(run, user, node, layer):
             norm = end = user
-        elif name in ADDITIONS:
+        elif operator in ADDITIONS:
             other = _known_operand(run, user, here, run.position[node])
             if other is not None:
                 end = here = user
             break
-        elif name not in TRANSPARENT:
+        elif operator not in TRANSPARENT:
             break
         here = user
     mean = run.tensors[norm.args[3]] if norm is not None else None  # type: ignore[index]
     own = [name if name is not None and run.uses[name] == 1 else None for name in (layer.bias, mean)]
-    return Site(layer, node, norm, end, other, _clips_after(here), own[0], own[1])
+    return Site(layer, name, channels, node, norm, end, other, _clips_after(here), own[0], own[1])
 
 
 def _is_affine(run: Run, norm: Node, node: Node, layer: Layer) -> bool:
@@ -259,7 +278,7 @@ class _Problem:
 
     @staticmethod
     def gather(
-        site: Site, run: Run, targets: list[Tensor], channels: Tensor, tensors: Mapping[str, Tensor],
+        site: Site, run: Run, targets: list[Tensor], tensors: Mapping[str, Tensor],
         options: LeastSquares, generator: torch.Generator,
     ) -> "_Problem":  # fmt: skip
         weight = tensors[site.layer.weight]
@@ -278,13 +297,13 @@ class _Problem:
         for x, z, o in zip(inputs, targets, others, strict=True):
             places = draw_places(math.prod(z.shape[1:]) // z.shape[axis], share, generator).to(z.device)
             seen.append(columns(x.movedim(axis, 1), geometry, places, groups))
-            alike = _flat(z.index_select(axis, channels.to(z.device)), axis)
+            alike = _flat(z.index_select(axis, site.channels.to(z.device)), axis)
             wanted_z.append(split_groups(alike[:, :, places], groups))
             if o is not None:
                 branch.append(split_groups(_flat(o, axis)[:, :, places], groups))
         scale, shift = (v.reshape(groups, -1, 1) for v in _affine(site, run, tensors, weight))
         return _Problem(
-            site.layer.name, torch.cat(seen, 2), torch.cat(wanted_z, 2), torch.cat(branch, 2) if branch else None,
+            site.name, torch.cat(seen, 2), torch.cat(wanted_z, 2), torch.cat(branch, 2) if branch else None,
             scale, shift, weight, tensors[site.bias] if site.bias else None, tensors[site.mean] if site.mean else None,
             site.clips,
         )  # fmt: skip

@@ -93,11 +93,31 @@ class Run:
                 self._values.pop(used, None)
 
 
-def check_aligned(teacher: Run, student: Run) -> None:
-    """Raise unless both networks run the same operators in the same order."""
-    left, right = ([operator_name(n) for n in run.nodes] for run in (teacher, student))
-    if left != right:
+def aligned(teacher: Run, student: Run, chains: Collection[str] = ()) -> dict[Node, Node]:
+    """The teacher's node for every node of the student.
+
+    Of the layers in `chains`, which the student has as several layers in a row, the last operators are one pair.
+
+    Raises:
+        ConvpareError: apart from these layers the two networks run different operators.
+    """
+    left, right = (_spine(run, chains) for run in (teacher, student))
+    if [operator_name(n) for n in left] != [operator_name(n) for n in right]:
         raise ConvpareError(
             f"the compressed network runs other operators than the original ({len(right)} and {len(left)} of them), so "
             "that its layers cannot be fitted to the original's; choose batch-norm recalibration"
         )
+    return dict(zip(right, left, strict=True))
+
+
+def _spine(run: Run, chains: Collection[str]) -> list[Node]:
+    """The nodes in their order, of each stretch inside one of these layers the last one."""
+    labelled = [(_layer_of(node, chains), node) for node in run.nodes]
+    after: list[str | None] = [label for label, _ in labelled[1:]]
+    return [node for (label, node), later in zip(labelled, [*after, None], strict=True) if not label or label != later]
+
+
+def _layer_of(node: Node, chains: Collection[str]) -> str | None:
+    stack = node.meta.get("nn_module_stack") or {}
+    names = (str(path).partition("@")[0] for path, _ in stack.values())
+    return next((name for name in names if name in chains), None)

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from convpare.graph.labels import Value
 from convpare.graph.rules.common import NOT_OURS, alike, along, axis_labels, couple_axis, flat, slots_of, together
@@ -51,7 +51,13 @@ def transposed_convolution(
 
 
 def _extent(t: Tracer, x: Value, axis: int) -> Extent:
-    return Extent(math.prod(t.shape[:axis]), tuple(x.shape[axis + 1 :]), tuple(t.shape[axis + 1 :]))
+    """Of what the layer is given: a module that pads with other than zeros does so before its operator runs."""
+    into = x.shape[axis + 1 :]
+    module = t.modules.get(t.module)
+    if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
+        pads = module._reversed_padding_repeated_twice[::-1]
+        into = tuple(size - sum(pads[2 * n : 2 * n + 2]) for n, size in enumerate(into))
+    return Extent(math.prod(t.shape[:axis]), tuple(into), tuple(t.shape[axis + 1 :]))
 
 
 def _spell_groups(t: Tracer, groups: Tensor) -> None:
