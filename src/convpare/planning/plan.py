@@ -202,7 +202,8 @@ def _read_plan(data: object) -> Plan:
     for what, names in (("group", [e.group for e in edits]), ("layer", [e.layer for e in factorizations])):
         most = Counter(names).most_common(1)
         if most and most[0][1] > 1:
-            raise ConvpareError(f"the plan edits {what} {most[0][0]!r} {most[0][1]} times; one edit a {what} is expected")
+            name, times = most[0]
+            raise ConvpareError(f"the plan edits {what} {name!r} {times} times; one edit a {what} is expected")
     return Plan(
         model=_get(plan, "model", str),
         inputs=tuple(tuple(_ints(shape, "inputs")) for shape in _get(plan, "inputs", list)),
