@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from convpare.errors import ConvpareError
 from convpare.factorize.chain import Layout, build, compose, is_transposed, kernel_of, layout_of
 from convpare.factorize.forms import Fit, Form, Shape, get_form
+from convpare.factorize.metric import Metric
 from convpare.factorize.ranks import Ranks, RanksLike
 from convpare.factorize.subspaces import COARSE, energy_of
 from convpare.graph.structure import Extent
@@ -74,12 +75,14 @@ class Factors:
         return self.layout.macs(extents)
 
 
-def factorize(layer: nn.Module, form: str | Form, ranks: RanksLike) -> Factors:
+def factorize(layer: nn.Module, form: str | Form, ranks: RanksLike, metric: Metric | None = None) -> Factors:
     """Factorize the kernel of a convolution or linear layer, which stays as it is.
 
     Args:
         form: a name, see `forms_of`, or a form with options.
         ranks: see `Ranks.parse`, or numbers.
+        metric: what errors cost on images; without it the kernel's own error is made small. `details` then has
+            "output_error": the cost of the error over that of losing the whole kernel.
 
     Raises:
         ConvpareError: the layer cannot be factorized, or the form or the ranks do not suit its kernel.
@@ -88,9 +91,13 @@ def factorize(layer: nn.Module, form: str | Form, ranks: RanksLike) -> Factors:
     transposed = is_transposed(layer)
     tensor, dtype = kernel.tensor, kernel.tensor.dtype
     with torch.no_grad(), _cores(chosen, kernel):
-        work = Kernel(tensor.to(_working(dtype), copy=True))
+        work = Kernel(tensor.to(_working(dtype) if metric is None else torch.float64, copy=True))
         numbers = Ranks.of(ranks).resolve(chosen, work, transposed)
-        fit = chosen.fit(work, numbers, transposed)
+        fit = (
+            chosen.fit(work, numbers, transposed)
+            if metric is None
+            else _weighted(chosen, work, numbers, transposed, metric)
+        )
         error = _relative_error(work, fit)
     return Factors(
         form=chosen.name,
@@ -131,6 +138,14 @@ def chain(layer: nn.Module, factors: Factors) -> nn.Sequential:
             "the layer that was factorized"
         )
     return build(layer, links)
+
+
+def _weighted(form: Form, kernel: Kernel, ranks: tuple[int, ...], transposed: bool, metric: Metric) -> Fit:
+    metric.check(kernel)
+    fit = form.fit_to(kernel, ranks, transposed, metric)
+    whole = metric.cost(kernel)
+    lost = metric.cost(Kernel(kernel.tensor - compose(fit.links).tensor))
+    return replace(fit, details={**fit.details, "output_error": lost / whole if whole else 0.0})
 
 
 def _cores(form: Form, kernel: Kernel) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ from math import prod
 from typing import ClassVar, TypeVar
 
 from convpare.errors import ConvpareError
+from convpare.factorize.metric import Metric, Whitening
 from convpare.redundancy.cuts import SPATIAL, Cut, Kernel
 
 Shape = tuple[int, ...]
@@ -79,6 +80,27 @@ class Form(ABC):
     @abstractmethod
     def fit(self, kernel: Kernel, ranks: tuple[int, ...], transposed: bool) -> Fit:
         """Factorize a kernel in float32 or float64; `ranks` are feasible, transposed that of the convolution."""
+
+    def fit_to(self, kernel: Kernel, ranks: tuple[int, ...], transposed: bool, metric: Metric) -> Fit:
+        """Factorize a kernel in float64 so that the error costs little, rather than that it is small.
+
+        The kernel is whitened along i and o, each by itself.
+
+        Raises:
+            ConvpareError: in this form no link alone bears i, or none alone bears o.
+        """
+        space = Whitening(metric, kernel)
+        links = self.fit(space.whiten(kernel), ranks, transposed).links
+        groups, out, into = kernel.tensor.shape[:3]
+        ends = [tuple(link.tensor.shape[:3]) for link in (*links[:1], *links[-1:])]
+        if not ends or ends[0][::2] != (groups, into) or ends[1][:2] != (groups, out):
+            raise ConvpareError(
+                f"{self.name} with ranks {ranks} cannot be fitted to activations; choose cuts, tucker2, cp or tt, or "
+                "factorize without images"
+            )
+        first = Kernel(space.unwhiten_inputs(links[0].tensor))
+        links = (first, *links[1:])
+        return Fit((*links[:-1], Kernel(space.unwhiten_outputs(links[-1].tensor))))
 
 
 _FAMILIES: dict[str, type[Form]] = {}

@@ -13,6 +13,7 @@ from convpare.factorize.forms import (
     reversed_links,
     reversed_shapes,
 )
+from convpare.factorize.metric import Metric, Whitening
 from convpare.factorize.subspaces import split
 from convpare.redundancy.cuts import SPATIAL, Cut, Kernel, cuts_of
 
@@ -69,6 +70,25 @@ class TwoFactors(Form):
         if transposed:
             return Fit(reversed_links(self._by_atoms(adjoint(kernel), *ranks)))
         return Fit(self._by_atoms(kernel, *ranks))
+
+    def fit_to(self, kernel: Kernel, ranks: tuple[int, ...], transposed: bool, metric: Metric) -> Fit:
+        """Optimal where o stands alone on its side; elsewhere with H taken for a product of its parts on both sides."""
+        if transposed and not self.cut.splits_channels:
+            raise ConvpareError(f"{self.name} of a transposed convolution cannot be fitted to activations")
+        first, second = (tuple(n for n, size in enumerate(sizes) if size > 1) for sizes in self._spatial(kernel))
+        with_i, rest = (first, second) if self.cut.splits_channels else (second, first)
+        space = Whitening(metric, kernel, with_i, rest)
+        white = space.whiten(kernel)
+        if self.cut.splits_channels:
+            into, out = self._by_channels(white, *ranks)
+            return Fit((
+                Kernel(space.unwhiten_inputs(into.tensor)),
+                Kernel(space.unwhiten_rest(space.unwhiten_outputs(out.tensor))),
+            ))  # fmt: skip
+        atoms, mixing = self._by_atoms(white, *ranks)
+        apart = mixing.tensor.unflatten(2, (-1, *ranks)).movedim(3, 1).flatten(1, 2)  # (groups, χ · o, i, *spatial)
+        apart = space.unwhiten_inputs(apart).unflatten(1, (*ranks, -1)).movedim(1, 3).flatten(2, 3)
+        return Fit((Kernel(space.unwhiten_rest(atoms.tensor)), Kernel(space.unwhiten_outputs(apart))))
 
     def _by_channels(self, kernel: Kernel, rank: int) -> tuple[Kernel, ...]:
         matrix = kernel.unfold(self.cut)
