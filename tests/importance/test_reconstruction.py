@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from convpare.errors import ConvpareError
 from convpare.graph import Graph, trace
 from convpare.importance import Context, Ranking, get_criterion, reconstruction
+from convpare.redundancy.moments import Sampling
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All positions, no ridge to speak of, one channel at a time."""
-    monkeypatch.setattr(reconstruction, "SAMPLES", 10**9)
+    monkeypatch.setattr(reconstruction, "SAMPLING", Sampling(per_unknown=10**9))
     monkeypatch.setattr(reconstruction, "RIDGE", 1e-10)
     yield
 
@@ -223,7 +224,7 @@ def test_of_many_twins_one_of_each_goes(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_wide_readers_are_scored_one_by_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reconstruction, "WIDEST", 20)
+    monkeypatch.setattr(reconstruction, "SAMPLING", Sampling(widest=20))
     model = nn.Sequential(front(), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 2, 1))
     ranking, _ = rank(model, "0.0", IMAGES)
     ((weight, x),) = unfolded(model[1], model[0](IMAGES)).parts
@@ -246,8 +247,8 @@ def test_fewer_positions_are_nearly_as_good(monkeypatch: pytest.MonkeyPatch):
     model = nn.Sequential(front(), nn.Conv2d(6, 4, 3))
     images = torch.randn(60, 3, 15, 15, generator=torch.Generator().manual_seed(2))
     every, _ = rank(model, "0.0", images)
-    monkeypatch.setattr(reconstruction, "SAMPLES", 32)
-    monkeypatch.setattr(reconstruction, "LEAST_SAMPLES", 2000)
+    monkeypatch.setattr(reconstruction, "SAMPLING", Sampling(per_unknown=32))
+    monkeypatch.setattr(reconstruction, "SAMPLING", Sampling(least=2000))
     some, _ = rank(model, "0.0", images)
     assert some.order.tolist() == every.order.tolist()
     assert not np.array_equal(some.errors, every.errors)

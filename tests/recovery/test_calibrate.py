@@ -216,7 +216,7 @@ def test_the_first_of_several_outputs_is_compared(kind: str):
 
 
 def test_outputs_that_are_no_tensors():
-    with pytest.raises(ConvpareError, match="the model returns a float first; recovery compares tensors"):
+    with pytest.raises(ConvpareError, match="the model returns a float first; a tensor is expected"):
         outputs(Returns(0.5), noise(3))
     with pytest.raises(ConvpareError, match="returns a list first"):
         outputs(Returns([]), noise(3))

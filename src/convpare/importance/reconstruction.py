@@ -6,25 +6,20 @@ block-wise). Channels go greedily, several at a time where they do not make up f
 after each step. What a transposed convolution reads is taken position by position.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Group, Layer
 from convpare.importance.registry import Context, Ranking, criterion
-from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment
-from convpare.redundancy.taps import module_of, run
+from convpare.redundancy.moments import Sampling, input_moments
 
 RIDGE = 1e-4  # relative to the mean second moment
-SAMPLES = 32  # positions per unknown
-LEAST_SAMPLES = 4096
-WIDEST = 6144  # above, a layer's inputs are scored one by one, without compensation by the others
+SAMPLING = Sampling()
 STEPS = 64  # a group is emptied in about so many steps, if its channels allow it
 JOINT = 2.0  # channels go together while that costs at most so many times what they cost one by one
 
@@ -37,49 +32,13 @@ def reconstruction(context: Context) -> dict[str, Ranking]:
         raise ConvpareError("criterion reconstruction looks at activations and needs images: give data")
     graph = context.graph
     read = {name for g in context.groups for name in g.consumers if not graph.is_depthwise(graph.layer(name))}
-    moments = _moments(context.model, [layer for layer in graph.layers if layer.name in read], context.images)
+    layers = [layer for layer in graph.layers if layer.name in read]
+    moments = input_moments(context.model, layers, context.images, SAMPLING)
     rankings = {}
     for group in context.groups:
         readers = [_reader(context, group, graph.layer(n), moments[n]) for n in group.consumers if n in read]
         rankings[group.name] = _eliminate(context, group, readers)
     return rankings
-
-
-def _moments(model: nn.Module, layers: list[Layer], images: Tensor) -> dict[str, Tensor]:
-    """E[x xᵀ] of what each layer's kernel sees, (groups, unknowns, unknowns) float64, from sampled positions.
-
-    Of a layer wider than `WIDEST` its diagonal alone, (groups, unknowns).
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = dict.fromkeys((layer.name for layer in layers), 0)
-    generator = torch.Generator().manual_seed(0)
-
-    def hear(layer: Layer, geometry: Geometry, x: Tensor) -> None:
-        x = x.movedim(-1, 1) if layer.kind == "linear" else x
-        unknowns = x.shape[1] // layer.groups * math.prod(geometry.kernel)
-        total = math.prod(geometry.outputs(tuple(x.shape[2:])) if geometry.kernel else x.shape[2:])
-        share = max(SAMPLES * unknowns, LEAST_SAMPLES) / (len(images) * total)
-        seen = columns(x, geometry, draw_places(total, share, generator), layer.groups)
-        seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
-        moment = seen.square().sum(2).double() if unknowns > WIDEST else second_moment(seen)
-        sums[layer.name] = sums[layer.name] + moment if counts[layer.name] else moment
-        counts[layer.name] += seen.shape[2]
-
-    handles: list[RemovableHandle] = []
-    try:
-        for layer in layers:
-            module = module_of(model, layer.name)
-            geometry = Geometry.of_module(module)
-            handles.append(module.register_forward_pre_hook(
-                lambda _, inputs, layer=layer, geometry=geometry: hear(layer, geometry, inputs[0])))  # fmt: skip
-        run(model, images, batch_size=64)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, count in counts.items():
-        if not count or not torch.isfinite(sums[name]).all():
-            raise ConvpareError(f"layer {name!r} does not run as a module, or reads NaN or infinite values; take l2")
-    return {name: moment / counts[name] for name, moment in sums.items()}
 
 
 @dataclass

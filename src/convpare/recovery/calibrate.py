@@ -17,6 +17,7 @@ from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
 from convpare.recovery.batch_norm import norms_of, recalibrate_
 from convpare.recovery.least_squares import Fitted, LeastSquares, compensate_
+from convpare.redundancy.moments import first_tensor
 from convpare.redundancy.taps import suited
 
 METHODS = ("calibrate", "least-squares", "batch-norm", "none")
@@ -155,15 +156,7 @@ def _least_squares(
 def outputs(model: nn.Module, images: Tensor, batch_size: int = 128) -> Tensor:
     """The first tensor that `model` returns for images (n, …), in evaluation mode, without gradients."""
     with eval_mode(model), torch.no_grad():
-        return torch.cat([_first(model(batch)) for batch in torch.split(images, batch_size)])
-
-
-def _first(output: object) -> Tensor:
-    while isinstance(output, dict | list | tuple) and output:
-        output = next(iter(output.values() if isinstance(output, dict) else output))
-    if not isinstance(output, Tensor):
-        raise ConvpareError(f"the model returns a {type(output).__name__} first; recovery compares tensors")
-    return output
+        return torch.cat([first_tensor(model(batch)) for batch in torch.split(images, batch_size)])
 
 
 def _error(got: Tensor, reference: Tensor) -> float:

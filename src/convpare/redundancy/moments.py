@@ -1,0 +1,153 @@
+"""Second moments of layers over images: of what their kernels see, and of the loss's gradient at their outputs."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from convpare.errors import ConvpareError
+from convpare.graph.structure import Layer
+from convpare.modes import eval_mode
+from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
+from convpare.redundancy.taps import module_of, run, suited
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many positions of feature maps are looked at.
+
+    Attributes:
+        per_unknown: output positions for each of a layer's unknowns, at random.
+        least: at least so many, where there are as many.
+        widest: of a layer with more unknowns only the diagonal of its second moment is taken.
+        seed: of the drawing of positions, and of labels.
+    """
+
+    per_unknown: int = 32
+    least: int = 4096
+    widest: int = 6144
+    seed: int = 0
+
+
+def input_moments(
+    model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = Sampling(), batch_size: int = 64
+) -> dict[str, Tensor]:
+    """H = E[x xᵀ] of what each layer's kernel sees, (groups, unknowns, unknowns) float64, over sampled positions.
+
+    Unknowns are the inputs of a group at all positions of the kernel; of a transposed convolution, at one position. Of
+    a layer wider than `sampling.widest` the diagonal alone, (groups, unknowns).
+
+    Raises:
+        ConvpareError: a layer does not run as a module, or reads NaN or infinity.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+    generator = torch.Generator().manual_seed(sampling.seed)
+
+    def hear(layer: Layer, geometry: Geometry, x: Tensor) -> None:
+        x = x.movedim(-1, 1) if layer.kind == "linear" else x
+        unknowns = x.shape[1] // layer.groups * math.prod(geometry.kernel)
+        total = math.prod(geometry.outputs(tuple(x.shape[2:])) if geometry.kernel else x.shape[2:])
+        share = max(sampling.per_unknown * unknowns, sampling.least) / (len(images) * total)
+        seen = columns(x, geometry, draw_places(total, share, generator), layer.groups)
+        seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
+        moment = seen.square().sum(2).double() if unknowns > sampling.widest else second_moment(seen)
+        sums[layer.name] = sums[layer.name] + moment if counts[layer.name] else moment
+        counts[layer.name] += seen.shape[2]
+
+    def listen(layer: Layer, module: nn.Module) -> RemovableHandle:
+        geometry = Geometry.of_module(module)
+        return module.register_forward_pre_hook(lambda _, inputs: hear(layer, geometry, inputs[0]))
+
+    _listening(model, layers, listen, lambda: run(model, images, batch_size))
+    return _means(layers, sums, counts, "reads")
+
+
+def output_moments(
+    model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = Sampling(), batch_size: int = 32
+) -> dict[str, Tensor]:
+    """F = E[g gᵀ] of the loss's gradient at each layer's output, (groups, out_channels per group, the same) float64.
+
+    The loss is the cross-entropy of labels that are drawn from the network's own prediction: the Fisher information,
+    without labels. The first tensor that the model returns is taken for logits along axis 1. The mean is over images
+    and positions of the output. No gradient of a parameter is computed.
+
+    Raises:
+        ConvpareError: a layer does not run as a module, or a gradient is NaN or infinite.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+    generator = torch.Generator().manual_seed(sampling.seed)
+
+    def hear(layer: Layer, gradient: Tensor) -> None:
+        gradient = gradient.movedim(-1, 1) if layer.kind == "linear" else gradient
+        flat = split_groups(gradient.reshape(*gradient.shape[:2], -1), layer.groups)
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        moment = (flat @ flat.mT).double()
+        sums[layer.name] = sums[layer.name] + moment if counts[layer.name] else moment
+        counts[layer.name] += flat.shape[2]
+
+    def listen(layer: Layer, module: nn.Module) -> RemovableHandle:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: hear(layer, gradient.detach()))
+
+        return module.register_forward_hook(hook)
+
+    def differentiate() -> None:
+        with eval_mode(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            for batch in torch.split(images, batch_size):
+                x = suited(batch, model).detach().clone().requires_grad_()
+                logits = first_tensor(model(x + 0))  # an operator in place must not meet a leaf
+                torch.autograd.grad(surprise(logits, generator), x)
+
+    _listening(model, layers, listen, differentiate)
+    return _means(layers, sums, counts, "has gradients with")
+
+
+def surprise(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The cross-entropy, summed, of labels drawn from the prediction itself; logits (n, classes, …)."""
+    flat = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    likely = torch.softmax(flat.detach().float(), 1).cpu()
+    if not bool(torch.isfinite(likely).all()):
+        raise ConvpareError("the model's outputs are NaN or infinite on these images")
+    labels = torch.multinomial(likely, 1, generator=generator)[:, 0].to(flat.device)
+    return F.cross_entropy(flat, labels, reduction="sum")
+
+
+def first_tensor(output: object) -> Tensor:
+    """The first tensor that a model returns. Raises ConvpareError if there is none."""
+    while isinstance(output, dict | list | tuple) and output:
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    if not isinstance(output, Tensor):
+        raise ConvpareError(f"the model returns a {type(output).__name__} first; a tensor is expected")
+    return output
+
+
+def _listening(
+    model: nn.Module, layers: Sequence[Layer], listen: Callable[[Layer, nn.Module], RemovableHandle],
+    work: Callable[[], None],
+) -> None:  # fmt: skip
+    handles: list[RemovableHandle] = []
+    try:
+        for layer in layers:
+            handles.append(listen(layer, module_of(model, layer.name)))
+        work()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _means(layers: Sequence[Layer], sums: dict[str, Tensor], counts: Counter[str], what: str) -> dict[str, Tensor]:
+    for layer in layers:
+        if not counts[layer.name] or not torch.isfinite(sums[layer.name]).all():
+            raise ConvpareError(
+                f"layer {layer.name!r} does not run as a module, or {what} NaN or infinite values; take l2"
+            )
+    return {name: moment / counts[name] for name, moment in sums.items()}
