@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
 from convpare.factorize import chain, factorize
-from convpare.factorize.metric import Metric, Root, Whitening
+from convpare.factorize.metric import Metric, Whitening
 from convpare.redundancy.cuts import Cut, Kernel
+from convpare.redundancy.moments import Root
 
 SIZES = {"i": 4, "h": 3, "w": 2}
 

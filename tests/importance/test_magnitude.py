@@ -156,7 +156,16 @@ def _without_option_a(model: nn.Module) -> nn.Module:
 
 
 def test_the_registry():
-    assert set(criteria()) == {"qsfm-ssim", "qsfm-psnr", "reconstruction", "l1", "l2", "bn-scale", "random"}
+    assert set(criteria()) == {
+        "qsfm-ssim",
+        "qsfm-psnr",
+        "reconstruction",
+        "sensitivity",
+        "l1",
+        "l2",
+        "bn-scale",
+        "random",
+    }
     for name, known in criteria().items():
         assert known.name == name
         assert known.summary

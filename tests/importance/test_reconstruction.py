@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from convpare.errors import ConvpareError
 from convpare.graph import Graph, trace
 from convpare.importance import Context, Ranking, get_criterion, reconstruction
-from convpare.redundancy.moments import Sampling
+from convpare.redundancy.moments import Sampling, output_moments
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,29 @@ def rank(model: nn.Module, group: str, images: Tensor, gone: tuple[int, ...] = (
     alive[graph.group(group).start + np.array(gone, int)] = False
     context = Context(model, graph, alive, images, {}, (graph.group(group),))
     return get_criterion("reconstruction").rank(context)[group], graph
+
+
+def test_sensitivity_is_the_error_of_the_networks_output():
+    """The same errors, the reader's outputs weighted by F; together about the relative error of the output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(), nn.Linear(20, 4)).eval()
+    images = torch.randn(64, 3, 6, 6)
+    graph = trace(model, images[:1])
+    context = Context(model, graph, graph.keep_all(), images, {}, (graph.group("0"),))
+    found = get_criterion("sensitivity").rank(context)["0"]
+    weights = output_moments(model, [graph.layer("2")], images, reconstruction.SAMPLING)["2"][0]
+    values, vectors = torch.linalg.eigh(weights)
+    root = ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).numpy()
+    cols = F.unfold(model[:2](images), 3).movedim(1, 0).flatten(1).detach().double().numpy()
+    weight = model[2].weight.detach().double().reshape(5, -1).numpy()
+    for count in range(1, 7):
+        gone = [9 * c + t for c in found.order[:count].tolist() for t in range(9)]
+        expected = brute(root @ weight, cols, gone) / len(images)
+        assert found.errors[:count].sum() == pytest.approx(expected, rel=5e-3, abs=1e-6)
+    whole, y = model(images), model[2](model[:2](images))
+    everything = (model[3:](y - F.conv2d(model[:2](images), model[2].weight)) - whole).square().sum()
+    share = float(everything / (whole - whole.mean(0)).square().sum())
+    assert found.errors.sum() == pytest.approx(share, rel=0.5)
 
 
 def brute(weight: np.ndarray, x: np.ndarray, gone: list[int]) -> float:

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from convpare.errors import ConvpareError
 from convpare.redundancy.cuts import Kernel
-
-RIDGE = 1e-4
-"""Relative to the mean eigenvalue: how much white noise is added to what images show, lest a root have no inverse."""
+from convpare.redundancy.moments import Root
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,22 +87,6 @@ class Metric:
         both = self.marginal(kernel, axes).reshape(groups, into, size, into, size)
         moment = both.diagonal(dim1=1, dim2=3).mean((0, -1))[None]
         return moment / moment.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-300)
-
-
-@dataclass(frozen=True, eq=False)
-class Root:
-    """The symmetric square root of a second moment with a ridge, and its inverse; (groups, n, n) float64."""
-
-    root: Tensor
-    inverse: Tensor
-
-    @staticmethod
-    def of(moment: Tensor) -> "Root":
-        values, vectors = torch.linalg.eigh(moment.double())
-        values = values.clamp_min(0)
-        ridge = RIDGE * values.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
-        scale = (values + ridge).sqrt()[:, None]
-        return Root((vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT)
 
 
 @dataclass(frozen=True, eq=False)

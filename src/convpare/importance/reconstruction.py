@@ -16,7 +16,7 @@ from torch import Tensor
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Group, Layer
 from convpare.importance.registry import Context, Ranking, criterion
-from convpare.redundancy.moments import Sampling, input_moments
+from convpare.redundancy.moments import Root, Sampling, input_moments, output_moments
 
 RIDGE = 1e-4  # relative to the mean second moment
 SAMPLING = Sampling()
@@ -27,16 +27,28 @@ JOINT = 2.0  # channels go together while that costs at most so many times what 
 @criterion("reconstruction", needs_images=True, allocation="global")
 def reconstruction(context: Context) -> dict[str, Ranking]:
     """Relative squared error of the readers' outputs after least-squares compensation (second order, greedy)."""
+    return _ranked(context, "reconstruction", weighted=False)
+
+
+@criterion("sensitivity", needs_images=True, allocation="global")
+def sensitivity(context: Context) -> dict[str, Ranking]:
+    """The same, as the relative squared error of the network's output that follows from it (Gauss-Newton)."""
+    return _ranked(context, "sensitivity", weighted=True)
+
+
+def _ranked(context: Context, name: str, weighted: bool) -> dict[str, Ranking]:
     context.check_options()
     if context.images is None:
-        raise ConvpareError("criterion reconstruction looks at activations and needs images: give data")
+        raise ConvpareError(f"criterion {name} looks at activations and needs images: give data")
     graph = context.graph
     read = {name for g in context.groups for name in g.consumers if not graph.is_depthwise(graph.layer(name))}
     layers = [layer for layer in graph.layers if layer.name in read]
     moments = input_moments(context.model, layers, context.images, SAMPLING)
+    outputs = output_moments(context.model, layers, context.images, SAMPLING) if weighted else {}
     rankings = {}
     for group in context.groups:
-        readers = [_reader(context, group, graph.layer(n), moments[n]) for n in group.consumers if n in read]
+        names = [n for n in group.consumers if n in read]
+        readers = [_reader(context, group, graph.layer(n), moments[n], outputs.get(n)) for n in names]
         rankings[group.name] = _eliminate(context, group, readers)
     return rankings
 
@@ -90,7 +102,10 @@ class _WideReader:
         self.costs[channels] = 0.0
 
 
-def _reader(context: Context, group: Group, layer: Layer, moment: Tensor) -> "_Reader | _WideReader":
+def _reader(
+    context: Context, group: Group, layer: Layer, moment: Tensor, outputs: Tensor | None
+) -> "_Reader | _WideReader":
+    """How a layer reads a group; with `outputs`, F of the layer, errors are of the network's output."""
     weight = context.tensor(layer.weight).double()
     slots = context.graph.units[layer.into]
     if layer.kind == "conv_transpose":  # (groups, out per group and kernel position, in per group)
@@ -98,6 +113,10 @@ def _reader(context: Context, group: Group, layer: Layer, moment: Tensor) -> "_R
         slots = slots[: moment.shape[1]]  # the same in every group
     else:
         weight = weight.reshape(layer.groups, weight.shape[0] // layer.groups, -1)
+    unit = None
+    if outputs is not None:
+        unit = context.graph.inputs[0][0] / layer.positions  # errors are of all positions of an image
+        weight = (Root.of(outputs).root @ weight.reshape(layer.groups, outputs.shape[1], -1)).reshape(weight.shape)
     taps = moment.shape[1] // len(slots)
     mine = (slots >= group.start) & (slots < group.start + group.channels)
     order = np.argsort(slots[mine], kind="stable")
@@ -105,8 +124,8 @@ def _reader(context: Context, group: Group, layer: Layer, moment: Tensor) -> "_R
     blocks = (index[:, :, None] * taps + torch.arange(taps, device=weight.device)).flatten(1)
     if moment.ndim == 2:
         parts = (weight.square().sum(1) * moment).sum(0)
-        return _WideReader(parts[blocks].sum(1) / parts.sum().clamp_min(1e-300))
-    energy = float(((weight @ moment) * weight).sum().clamp_min(1e-300))
+        return _WideReader(parts[blocks].sum(1) / (unit or float(parts.sum().clamp_min(1e-300))))
+    energy = unit or float(((weight @ moment) * weight).sum().clamp_min(1e-300))
     ridge = RIDGE * moment.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
     eye = torch.eye(moment.shape[1], dtype=torch.float64, device=weight.device)
     factor, failed = torch.linalg.cholesky_ex(moment + ridge[:, None, None] * eye)

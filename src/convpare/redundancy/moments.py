@@ -1,4 +1,4 @@
-"""Second moments of layers over images: of what their kernels see, and of the loss's gradient at their outputs."""
+"""Second moments of layers over images: of what their kernels see, and of how the network's output hangs on them."""
 
 import math
 from collections import Counter
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,6 +15,9 @@ from convpare.graph.structure import Layer
 from convpare.modes import eval_mode
 from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
 from convpare.redundancy.taps import module_of, run, suited
+
+RIDGE = 1e-4
+"""Relative to the mean eigenvalue: how much white noise is added to what images show, lest a root have no inverse."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Sampling:
         per_unknown: output positions for each of a layer's unknowns, at random.
         least: at least so many, where there are as many.
         widest: of a layer with more unknowns only the diagonal of its second moment is taken.
-        seed: of the drawing of positions, and of labels.
+        seed: of the drawing of positions, and of directions.
     """
 
     per_unknown: int = 32
@@ -72,14 +74,17 @@ def input_moments(
 def output_moments(
     model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = Sampling(), batch_size: int = 32
 ) -> dict[str, Tensor]:
-    """F = E[g gᵀ] of the loss's gradient at each layer's output, (groups, out_channels per group, the same) float64.
+    """How the network's output hangs on each layer's: F, (groups, out_channels per group, the same) float64.
 
-    The loss is the cross-entropy of labels that are drawn from the network's own prediction: the Fisher information,
-    without labels. The first tensor that the model returns is taken for logits along axis 1. The mean is over images
-    and positions of the output. No gradient of a parameter is computed.
+    F = E[Jᵀ J] / s of the Jacobian J of the first tensor that the model returns (n, …) by a layer's output at one
+    position, the mean over images and positions; s is the variance of that tensor over the images, summed over its
+    elements. So a small error e of the layer's output changes the network's by about Σ eᵀ F e over positions, as a
+    share of its variance: Gauss and Newton's approximation, the Fisher information of a Gaussian, and without labels.
+    The products of J with one random vector an image stand for J. No gradient of a parameter is computed.
 
     Raises:
-        ConvpareError: a layer does not run as a module, or a gradient is NaN or infinite.
+        ConvpareError: a layer does not run as a module, a gradient is NaN or infinite, or the output is the same for
+            all images.
     """
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
@@ -100,25 +105,38 @@ def output_moments(
 
         return module.register_forward_hook(hook)
 
+    seen: list[Tensor] = []
+
     def differentiate() -> None:
         with eval_mode(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             for batch in torch.split(images, batch_size):
                 x = suited(batch, model).detach().clone().requires_grad_()
-                logits = first_tensor(model(x + 0))  # an operator in place must not meet a leaf
-                torch.autograd.grad(surprise(logits, generator), x)
+                out = first_tensor(model(x + 0))  # an operator in place must not meet a leaf
+                seen.append(out.detach().double().flatten(1).cpu())
+                direction = torch.randn(out.shape, generator=generator).to(out)
+                torch.autograd.grad((out * direction).sum(), x)
 
     _listening(model, layers, listen, differentiate)
-    return _means(layers, sums, counts, "has gradients with")
+    variance = float(torch.cat(seen).var(0, correction=0).sum())
+    if not 0 < variance < math.inf:
+        raise ConvpareError(f"the variance of the model's output over {len(images)} images is {variance}; give others")
+    return {name: moment / variance for name, moment in _means(layers, sums, counts, "has gradients with").items()}
 
 
-def surprise(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The cross-entropy, summed, of labels drawn from the prediction itself; logits (n, classes, …)."""
-    flat = logits.movedim(1, -1).reshape(-1, logits.shape[1])
-    likely = torch.softmax(flat.detach().float(), 1).cpu()
-    if not bool(torch.isfinite(likely).all()):
-        raise ConvpareError("the model's outputs are NaN or infinite on these images")
-    labels = torch.multinomial(likely, 1, generator=generator)[:, 0].to(flat.device)
-    return F.cross_entropy(flat, labels, reduction="sum")
+@dataclass(frozen=True, eq=False)
+class Root:
+    """The symmetric square root of a second moment with a ridge, and its inverse; (groups, n, n) float64."""
+
+    root: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def of(moment: Tensor) -> "Root":
+        values, vectors = torch.linalg.eigh(moment.double())
+        values = values.clamp_min(0)
+        ridge = RIDGE * values.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+        scale = (values + ridge).sqrt()[:, None]
+        return Root((vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT)
 
 
 def first_tensor(output: object) -> Tensor:
