@@ -1,6 +1,7 @@
 """Carry a plan out: surgery on a copy, and the proof that it was right."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,14 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
 from convpare.factorize.edit import chain_error, factorized
+from convpare.factorize.metric import Metric
 from convpare.graph.check import SelfCheck, culprits, self_check
 from convpare.graph.merging import merged_in_turn
 from convpare.graph.structure import Form, Graph
 from convpare.graph.surgery import removed
 from convpare.graph.trace import trace
+from convpare.planning.options import metrics_of, restricted
 from convpare.planning.plan import Plan
+from convpare.planning.planner import calibration_images
 
 
 class FailedCheck(ConvpareError):  # noqa: N818 - what failed is the check
@@ -34,13 +39,21 @@ class FailedCheck(ConvpareError):  # noqa: N818 - what failed is the check
 
 
 def apply(
-    model: nn.Module, plan: Plan, *, form: Form | None = None, graph: Graph | None = None, check: bool = True
+    model: nn.Module,
+    plan: Plan,
+    data: Data | ImageSet | Tensor | None = None,
+    *,
+    form: Form | None = None,
+    graph: Graph | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """A new module without the channels that `plan` removes; the given one is untouched.
 
     The plan travels with the result (`plan_of`), so that it can be recovered and saved.
 
     Args:
+        data: calibration images (n, …), an image set, or data whose training images are taken: factorized layers are
+            fitted to what they read on these, as the plan has it, and to their weights alone without.
         form: "module": the same class with its own forward; "graph": the captured graph with its numbers rewritten, a
             module that needs no other code; "linked": see `trace`. By default the form that the plan was made for; a
             plan for the module form can be carried out in the graph form, too.
@@ -52,12 +65,18 @@ def apply(
         FailedCheck: the proof failed; it names the edits.
         ConvpareError: the plan was not made for this model, or for the graph form where the module form is wanted.
     """
-    small, _ = carry_out(model, plan, form=form, graph=graph, check=check)
+    small, _ = carry_out(model, plan, data, form=form, graph=graph, check=check)
     return small
 
 
 def carry_out(
-    model: nn.Module, plan: Plan, *, form: Form | None = None, graph: Graph | None = None, check: bool = True
+    model: nn.Module,
+    plan: Plan,
+    data: Data | ImageSet | Tensor | None = None,
+    *,
+    form: Form | None = None,
+    graph: Graph | None = None,
+    check: bool = True,
 ) -> tuple[nn.Module, SelfCheck | None]:
     """As `apply`, with the self-check's result."""
     model = merged_for(model, plan)
@@ -72,27 +91,40 @@ def carry_out(
         raise FailedCheck(result, tuple(group.name for group in culprits(model, graph, keep)))
     small = removed(model, graph, keep)
     if plan.factorizations:
-        small, result = _factorized(small, graph, plan, result)
+        small, result = _factorized(small, graph, plan, result, _metrics(model, graph, keep, plan, data))
     _notes(small)["_convpare_plan"] = plan
     return small, result
 
 
 def _factorized(
-    small: nn.Module, graph: Graph, plan: Plan, result: SelfCheck | None
+    small: nn.Module, graph: Graph, plan: Plan, result: SelfCheck | None, metrics: Mapping[str, Metric]
 ) -> tuple[nn.Module, SelfCheck | None]:
     """The network with chains, and the check, where one is wanted, with that of the chains."""
     if graph.form == "graph":
         raise ConvpareError("layers are factorized in the module form; the graph form cannot be given chains yet")
-    chained, factors = factorized(small, plan.factorizations)
+    chained, factors = factorized(small, plan.factorizations, metrics)
     if result is None:
         return chained, None
     error = chain_error(small, chained, graph, factors)
     result = replace(result, max_relative_error=float(np.max([result.max_relative_error, error])))
     if not result.passed:
-        alone = {e.layer: factorized(small, [e]) for e in plan.factorizations}
+        alone = {e.layer: factorized(small, [e], metrics) for e in plan.factorizations}
         errors = {name: chain_error(small, net, graph, own) for name, (net, own) in alone.items()}
         raise FailedCheck(result, tuple(name for name, error in errors.items() if not error <= result.tolerance))
     return chained, result
+
+
+def _metrics(
+    model: nn.Module, graph: Graph, keep: np.ndarray, plan: Plan, data: Data | ImageSet | Tensor | None
+) -> dict[str, Metric]:
+    """What errors of the factorized layers cost, by the measure that the plan was made with."""
+    images = calibration_images(data, int(plan.options.get("images", 128)), int(plan.options.get("seed", 0)))
+    if images is None:
+        return {}
+    layers = [graph.layer(edit.layer) for edit in plan.factorizations]
+    layers = [layer for layer in layers if layer.groups == 1]
+    known = metrics_of(model, layers, images, plan.criterion == "sensitivity")
+    return {x.name: restricted(known[x.name], graph, x, keep) for x in layers if x.name in known}
 
 
 def _as_graph(module: Graph, keep: np.ndarray, graph: Graph) -> tuple[Graph, np.ndarray]:

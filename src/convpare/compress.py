@@ -132,7 +132,7 @@ def compress(
         )
         tell("surgery and self-check", 0, 1)
         try:
-            small, check = carry_out(model, made, graph=graph)
+            small, check = carry_out(model, made, data, graph=graph)
             break
         except FailedCheck as failed:
             if not failed.groups:

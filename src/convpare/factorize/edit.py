@@ -13,6 +13,7 @@ from convpare.errors import ConvpareError
 from convpare.factorize.chain import Layout, build, is_transposed, kernel_of
 from convpare.factorize.factors import Factors, chain, factorize
 from convpare.factorize.forms import get_form
+from convpare.factorize.metric import Metric
 from convpare.graph.check import calls_on_noise, compared, outputs_of
 from convpare.graph.structure import Graph, Layer
 from convpare.redundancy.cuts import Kernel
@@ -41,8 +42,13 @@ class Factorize:
                 "shape": list(self.shape), "error": self.error}  # fmt: skip
 
 
-def factorized(model: nn.Module, edits: Sequence[Factorize]) -> tuple[nn.Module, dict[str, Factors]]:
+def factorized(
+    model: nn.Module, edits: Sequence[Factorize], metrics: Mapping[str, Metric] | None = None
+) -> tuple[nn.Module, dict[str, Factors]]:
     """A copy of `model` with these layers replaced, and the factors of each. The given model is untouched.
+
+    Args:
+        metrics: what errors of these layers cost; the weights of others count alone.
 
     Raises:
         ConvpareError: a layer is not there, is no module that can be replaced, or has another shape than the edit says.
@@ -56,7 +62,7 @@ def factorized(model: nn.Module, edits: Sequence[Factorize]) -> tuple[nn.Module,
                 f"the plan factorizes {edit.layer!r} with a weight of {edit.shape}, in this network it is {shape}; "
                 "make a plan for this network"
             )
-        found[edit.layer] = factorize(layer, edit.form, edit.ranks)
+        found[edit.layer] = factorize(layer, edit.form, edit.ranks, (metrics or {}).get(edit.layer))
         place_(small, edit.layer, chain(layer, found[edit.layer]))
     return small, found
 

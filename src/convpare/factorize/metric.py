@@ -47,16 +47,19 @@ class Metric:
 
     def cost(self, change: Kernel) -> float:
         """tr(F E H Eᵀ) of a change E of the kernel."""
-        wide = change.tensor.double()
-        groups, out, into = wide.shape[:3]
-        if self.inputs.shape[1] == into != math.prod(wide.shape[2:]):  # transposed: position by position
-            wide = wide.flatten(3).permute(0, 1, 3, 2)
-            seen = wide @ self.inputs[:, None].double()
-            pairs = torch.einsum("gopi,gqpi->goq", seen, wide)
-        else:
-            flat = wide.reshape(groups, out, -1)
-            pairs = flat @ self.inputs.double() @ flat.mT
+        pairs = self.outputs_of(Kernel(change.tensor.double()))
         return float((pairs * self._weights(pairs)).sum())
+
+    def outputs_of(self, kernel: Kernel) -> Tensor:
+        """E H Eᵀ, the second moment of a kernel's outputs; (groups, o, o)."""
+        tensor = kernel.tensor
+        groups, out, into, *spatial = tensor.shape
+        inputs = self.inputs.to(tensor.dtype)
+        if self.inputs.shape[1] == into != into * math.prod(spatial):  # transposed: position by position
+            apart = tensor.flatten(3).permute(0, 3, 1, 2)
+            return (apart @ inputs[:, None] @ apart.mT).sum(1)
+        flat = tensor.reshape(groups, out, -1)
+        return flat @ inputs @ flat.mT
 
     def _weights(self, pairs: Tensor) -> Tensor:
         if self.outputs is not None:

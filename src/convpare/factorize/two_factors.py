@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from convpare.errors import ConvpareError
 from convpare.factorize.forms import (
     Fit,
@@ -14,8 +17,9 @@ from convpare.factorize.forms import (
     reversed_shapes,
 )
 from convpare.factorize.metric import Metric, Whitening
-from convpare.factorize.subspaces import split
+from convpare.factorize.subspaces import singular_values, split
 from convpare.redundancy.cuts import SPATIAL, Cut, Kernel, cuts_of
+from convpare.redundancy.moments import Root
 
 
 @form("cut")
@@ -73,11 +77,10 @@ class TwoFactors(Form):
 
     def fit_to(self, kernel: Kernel, ranks: tuple[int, ...], transposed: bool, metric: Metric) -> Fit:
         """Optimal where o stands alone on its side; elsewhere with H taken for a product of its parts on both sides."""
-        if transposed and not self.cut.splits_channels:
-            raise ConvpareError(f"{self.name} of a transposed convolution cannot be fitted to activations")
-        first, second = (tuple(n for n, size in enumerate(sizes) if size > 1) for sizes in self._spatial(kernel))
-        with_i, rest = (first, second) if self.cut.splits_channels else (second, first)
-        space = Whitening(metric, kernel, with_i, rest)
+        self._check_metric(transposed)
+        if self._outputs_alone:
+            return Fit(self._by_outputs(kernel, ranks[0], metric))
+        space = self._whitening(kernel, metric)
         white = space.whiten(kernel)
         if self.cut.splits_channels:
             into, out = self._by_channels(white, *ranks)
@@ -89,6 +92,45 @@ class TwoFactors(Form):
         apart = mixing.tensor.unflatten(2, (-1, *ranks)).movedim(3, 1).flatten(1, 2)  # (groups, χ · o, i, *spatial)
         apart = space.unwhiten_inputs(apart).unflatten(1, (*ranks, -1)).movedim(1, 3).flatten(2, 3)
         return Fit((Kernel(space.unwhiten_rest(atoms.tensor)), Kernel(space.unwhiten_outputs(apart))))
+
+    def losses(self, kernel: Kernel, transposed: bool, metric: Metric) -> Tensor:
+        """What each direction is worth, falling: `fit_to` loses the sum of those after its rank; (b, ranks)."""
+        self._check_metric(transposed)
+        if self._outputs_alone:
+            values: Tensor = torch.linalg.eigvalsh(self._output_moment(kernel, metric))
+            return values.clamp_min(0).flip(-1)
+        white = self._whitening(kernel, metric).whiten(kernel)
+        return singular_values(white.unfold(self.cut)).square()
+
+    def _check_metric(self, transposed: bool) -> None:
+        if transposed and not self.cut.splits_channels:
+            raise ConvpareError(f"{self.name} of a transposed convolution cannot be fitted to activations")
+
+    @property
+    def _outputs_alone(self) -> bool:
+        return "o" in (self.cut.left, self.cut.right)
+
+    def _whitening(self, kernel: Kernel, metric: Metric) -> Whitening:
+        first, second = (tuple(n for n, size in enumerate(sizes) if size > 1) for sizes in self._spatial(kernel))
+        return Whitening(metric, kernel, *((first, second) if self.cut.splits_channels else (second, first)))
+
+    def _by_outputs(self, kernel: Kernel, rank: int, metric: Metric) -> tuple[Kernel, ...]:
+        """The outputs' own directions: no root of H is needed."""
+        (groups, out, into), spatial = kernel.tensor.shape[:3], kernel.tensor.shape[3:]
+        directions = torch.linalg.eigh(self._output_moment(kernel, metric)).eigenvectors[..., -rank:].flip(-1)
+        weighing = None if metric.outputs is None else Root.of(metric.outputs)
+        rows = kernel.tensor.flatten(2) if weighing is None else weighing.root @ kernel.tensor.flatten(2)
+        outer = directions if weighing is None else weighing.inverse @ directions
+        inner = (directions.mT @ rows).reshape(groups, rank, into, *spatial)
+        return Kernel(inner), Kernel(outer.reshape(groups, out, rank, *(1 for _ in spatial)))
+
+    def _output_moment(self, kernel: Kernel, metric: Metric) -> Tensor:
+        """(groups, o, o): the second moment of the layer's outputs, weighted."""
+        moment = metric.outputs_of(kernel)
+        if metric.outputs is None:
+            return moment
+        root = Root.of(metric.outputs).root
+        return root @ moment @ root
 
     def _by_channels(self, kernel: Kernel, rank: int) -> tuple[Kernel, ...]:
         matrix = kernel.unfold(self.cut)

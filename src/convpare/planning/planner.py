@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
+from convpare.factorize.edit import Factorize
 from convpare.graph.capture import Inputs
 from convpare.graph.merging import merge_all
 from convpare.graph.probe import FOLLOWS_NOT
-from convpare.graph.structure import Graph, Group
+from convpare.graph.structure import Graph, Group, Layer
 from convpare.graph.surgery import zeroed
 from convpare.graph.trace import BEYOND, trace
 from convpare.importance import Context, Criterion, Ranking, get_criterion
-from convpare.planning.cost import count, total_cost
+from convpare.planning.cost import count, planned_cost, total_cost
+from convpare.planning.mixed import Choices, MixedModel, keep_of
+from convpare.planning.options import chains_of, factorizable, metrics_of
 from convpare.planning.plan import Plan, RemoveChannels
 from convpare.planning.solver import (
     Allocation,
@@ -31,6 +34,8 @@ from convpare.planning.solver import (
     limits_of,
 )
 
+METHODS = ("prune", "factorize")
+COMPARABLE = ("reconstruction", "sensitivity")  # criteria whose errors compare with those of chains
 SCOPES = ("auto", "inner", "all")
 ALLOCATIONS = ("uniform", "global")
 
@@ -40,6 +45,8 @@ class PlanOptions:
     """How a plan is made.
 
     Attributes:
+        methods: "prune" (remove channels), "factorize" (replace layers by chains of two), or both: each layer gets what
+            costs least error. With "factorize" the criterion must be one of `COMPARABLE`.
         scope: "inner": channels that one layer alone makes (residual streams keep their width), "all", or "auto": inner
             if the budgets can be met so, else all. What was taken stands in the plan.
         allocation: "uniform" (every group loses about the same share), "global" (smallest error per saved cost first),
@@ -56,6 +63,7 @@ class PlanOptions:
         criterion_options: what the criterion itself takes, see e.g. `QSFMOptions`.
     """
 
+    methods: tuple[str, ...] = ("prune",)
     scope: str = "auto"
     allocation: str | None = None
     round_to: int = 1
@@ -69,6 +77,10 @@ class PlanOptions:
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.methods or not set(self.methods) <= set(METHODS):
+            raise ConvpareError(f"methods are {self.methods}; expected prune, factorize, or both")
+        if "factorize" in self.methods and (self.threshold is not None or self.rounds > 1):
+            raise ConvpareError("factorization is planned for budgets, in one round; give no threshold and no rounds")
         if self.scope not in SCOPES:
             raise ConvpareError(f"no scope {self.scope!r}; choose one of {', '.join(SCOPES)}")
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
@@ -120,7 +132,11 @@ def plan(
     settled = replace(
         options, scope=_resolve_scope(graph, budget, options), allocation=options.allocation or chosen.allocation
     )
-    keep, errors = _choose(model, graph, chosen, images, budget, settled)
+    factorizations: tuple[Factorize, ...] = ()
+    if "factorize" in options.methods:
+        keep, errors, factorizations = _choose_mixed(model, graph, chosen, images, budget, settled)
+    else:
+        keep, errors = _choose(model, graph, chosen, images, budget, settled)
     return Plan(
         model=graph.model,
         inputs=graph.inputs,
@@ -128,7 +144,8 @@ def plan(
         options=_recorded(settled),
         requested=budget.fractions,
         before=total_cost(graph, graph.keep_all()),
-        after=total_cost(graph, keep),
+        after=planned_cost(graph, keep, factorizations),
+        factorizations=factorizations,
         edits=tuple(_edit(g, keep, errors) for g in graph.groups if not keep[g.units].all()),
         form=graph.form,
     )
@@ -236,6 +253,74 @@ def _choose(
     return keep, errors
 
 
+def _choose_mixed(
+    model: nn.Module, graph: Graph, chosen: Criterion, images: Tensor | None, budget: Budget, options: PlanOptions
+) -> tuple[np.ndarray, np.ndarray, tuple[Factorize, ...]]:
+    """The mask of channels that stay, the error that each of the others adds (channels,), and what becomes chains.
+
+    All is chosen together, with the errors of chains of whole layers; then the chains once more, of what is left of
+    the layers.
+    """
+    if chosen.name not in COMPARABLE or images is None or options.allocation != "global":
+        raise ConvpareError(
+            f"criterion {chosen.name} ({options.allocation}) does not say what compares with factorizations; take "
+            f"{' or '.join(COMPARABLE)} and the global allocation"
+        )
+    levels, zero = _levels(graph, options), graph.keep_all()
+    rankings = _rank(model, graph, chosen, images, zero, options) if "prune" in options.methods else {}
+    levels = levels if rankings else [allowed[:1] for allowed in levels]
+    curves = [np.zeros(1) if len(allowed) == 1 else _curve(rankings[g.name])[allowed[0] - allowed]
+              for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
+    layers = factorizable(model, graph)
+    known = metrics_of(model, layers, images, chosen.name == "sensitivity")
+    layers = [layer for layer in layers if layer.name in known]
+    weights = {**dict(model.named_parameters(remove_duplicate=False))}
+
+    def choices(keep: np.ndarray) -> list[Choices]:
+        relative = chosen.name == "reconstruction"
+        return [
+            Choices(x, tuple(chains_of(graph, x, weights[x.weight], known[x.name], keep, relative))) for x in layers
+        ]
+
+    keep, kept = zero, np.array([g.channels for g in graph.groups], float)
+    allocation = _allocated(graph, choices(keep), levels, curves, budget, options)
+    kept = allocation.kept[: len(graph.groups)]
+    orders = {name: ranking.order for name, ranking in rankings.items()}
+    keep = keep_of(graph, orders, kept)
+    counts = [np.array([int(count)]) for count in kept]
+    if not keep.all():
+        allocation = _allocated(graph, choices(keep), counts, [np.zeros(1)] * len(counts), budget, options)
+    errors = np.zeros(graph.channels)
+    for group in graph.groups:
+        if group.name in rankings:
+            errors[group.start + rankings[group.name].order] = rankings[group.name].errors
+    found = cast(MixedModel, allocation.model).chosen(allocation.kept)
+    edits = [
+        Factorize(x.name, chain.form, (chain.rank,), _shape(graph, x, keep), chain.error)
+        for x, chain in zip(layers, found, strict=True)
+        if chain is not None
+    ]
+    return keep, errors, tuple(edits)
+
+
+def _allocated(
+    graph: Graph, choices: list[Choices], levels: list[np.ndarray], errors: list[np.ndarray], budget: Budget,
+    options: PlanOptions,
+) -> Allocation:  # fmt: skip
+    model = MixedModel(graph, choices)
+    dense = CostModel(graph)
+    own = [np.array([0.0, *(chain.error for chain in c.chains)]) for c in choices]
+    allocation = Allocation(model, [*levels, *model.levels], [*errors, *own], limits_of(dense, graph, budget))
+    whole = dense.cost(np.array([g.channels for g in graph.groups], float))
+    check_feasible(allocation, budget, whole, _hint(graph, options))
+    allocate(allocation)
+    return allocation
+
+
+def _shape(graph: Graph, layer: Layer, keep: np.ndarray) -> tuple[int, ...]:
+    return tuple(len(graph.kept((layer.weight, axis), keep)) for axis in range(len(graph.shapes[layer.weight])))
+
+
 def _rank(
     model: nn.Module, graph: Graph, chosen: Criterion, images: Tensor | None, alive: np.ndarray, options: PlanOptions
 ) -> dict[str, Ranking]:
@@ -313,4 +398,8 @@ def _edit(group: Group, keep: np.ndarray, errors: np.ndarray) -> RemoveChannels:
 
 def _recorded(options: PlanOptions) -> dict[str, Any]:
     recorded = {f.name: getattr(options, f.name) for f in fields(options)}
-    return recorded | {"exclude": list(options.exclude), "criterion_options": dict(options.criterion_options)}
+    return recorded | {
+        "methods": list(options.methods),
+        "exclude": list(options.exclude),
+        "criterion_options": dict(options.criterion_options),
+    }

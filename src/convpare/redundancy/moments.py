@@ -37,8 +37,11 @@ class Sampling:
     seed: int = 0
 
 
+SAMPLING = Sampling()
+
+
 def input_moments(
-    model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = Sampling(), batch_size: int = 64
+    model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = SAMPLING, batch_size: int = 64
 ) -> dict[str, Tensor]:
     """H = E[x xᵀ] of what each layer's kernel sees, (groups, unknowns, unknowns) float64, over sampled positions.
 
@@ -72,7 +75,7 @@ def input_moments(
 
 
 def output_moments(
-    model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = Sampling(), batch_size: int = 32
+    model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = SAMPLING, batch_size: int = 32
 ) -> dict[str, Tensor]:
     """How the network's output hangs on each layer's: F, (groups, out_channels per group, the same) float64.
 

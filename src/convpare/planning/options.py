@@ -1,0 +1,150 @@
+"""What each layer could become: chains of two layers across its cuts, what they cost, and what error they add."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from convpare.errors import ConvpareError
+from convpare.factorize.chain import Layout
+from convpare.factorize.edit import layer_of, shape_in
+from convpare.factorize.forms import Shape
+from convpare.factorize.metric import Metric
+from convpare.factorize.two_factors import TwoFactors
+from convpare.graph.structure import Graph, Layer
+from convpare.redundancy.cuts import Kernel, cuts_of
+from convpare.redundancy.moments import SAMPLING, Sampling, input_moments, output_moments
+
+RANKS = 32  # of a form, about so many are tried
+
+Bilinear = tuple[float, float, float, float]
+"""a, b, c, d of a cost a + b·I + c·O + d·I·O of a layer's I inputs and O outputs."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A form of a layer at a rank: its MACs and parameters, biases apart, and the error that it adds."""
+
+    form: str
+    rank: int
+    macs: Bilinear
+    params: Bilinear
+    error: float
+
+
+def factorizable(model: nn.Module, graph: Graph) -> list[Layer]:
+    """The layers that a chain can replace: modules of their own, not grouped, whose weight is theirs alone."""
+    return [x for x in graph.layers if x.groups == 1 and not x.computed and _is_replaceable(model, x.name)]
+
+
+def _is_replaceable(model: nn.Module, name: str) -> bool:
+    try:
+        layer_of(model, name)
+    except ConvpareError:
+        return False
+    return True
+
+
+def metrics_of(
+    model: nn.Module, layers: Sequence[Layer], images: Tensor, weighted: bool, sampling: Sampling = SAMPLING
+) -> dict[str, Metric]:
+    """The second moments of whole layers, with `weighted` those of their outputs, too; none of layers too wide for it.
+
+    Args:
+        images: (n, …) on which the model runs.
+        sampling: `widest` is the number of unknowns from which on a layer is too wide.
+    """
+    inputs = {name: h for name, h in input_moments(model, layers, images, sampling).items() if h.ndim == 3}
+    outputs = output_moments(model, [x for x in layers if x.name in inputs], images, sampling) if weighted else {}
+    return {name: Metric(moment, outputs.get(name)) for name, moment in inputs.items()}
+
+
+def restricted(metric: Metric, graph: Graph, layer: Layer, keep: np.ndarray) -> Metric:
+    """The second moments of what removals leave of a layer that is not grouped, under the mask `keep` (channels,)."""
+    device = metric.inputs.device
+    into, out = (torch.as_tensor(graph.kept(axis, keep), device=device) for axis in (layer.into, layer.out))
+    taps = metric.inputs.shape[1] // graph.shapes[layer.weight][layer.in_axis]
+    chosen = (into[:, None] * taps + torch.arange(taps, device=device)).flatten()
+    outputs = None if metric.outputs is None else metric.outputs[:, out][:, :, out]
+    return Metric(metric.inputs[:, chosen][:, :, chosen], outputs)
+
+
+def dense_cost(graph: Graph, layer: Layer) -> tuple[Bilinear, Bilinear]:
+    """MACs and parameters of a layer as it is, bias apart."""
+    spatial = shape_in(graph, layer, graph.keep_all()).tensor.shape[3:]
+    return _bilinear(layer, lambda sizes: ((1, sizes[1], sizes[0], *spatial),))
+
+
+def chains_of(
+    graph: Graph, layer: Layer, weight: Tensor, metric: Metric, keep: np.ndarray, relative: bool
+) -> list[Chain]:
+    """The chains of a layer under the mask `keep` (channels,), cheapest last, each with less error than all cheaper.
+
+    Args:
+        weight: of the whole layer.
+        metric: of the whole layer.
+        relative: errors are shares of the layer's own output, else of the network's (see `output_moments`).
+    """
+    into, out = (torch.as_tensor(graph.kept(axis, keep), device=weight.device) for axis in (layer.into, layer.out))
+    left = weight.detach().double().index_select(layer.in_axis, into).index_select(layer.out_axis, out)
+    transposed = layer.kind == "conv_transpose"
+    kernel, metric = Kernel.of(left, 1, transposed), restricted(metric, graph, layer, keep)
+    unit = metric.cost(kernel) if relative else graph.inputs[0][0] / layer.positions
+    found = []
+    for cut in cuts_of(kernel.dimensions):
+        if transposed and not cut.splits_channels:
+            continue
+        form = TwoFactors(cut)
+        worth = form.losses(kernel, transposed, metric)[0].cpu().numpy()
+        lost = np.concatenate([worth[::-1].cumsum()[::-1][1:], [0.0]]) / max(unit, 1e-300)
+        for rank in _ranks(len(worth)):
+            costs = _bilinear(layer, partial(_shapes, kernel, form, rank, transposed))
+            found.append(Chain(cut.name, rank, *costs, float(lost[rank - 1])))
+    sizes = float(len(into)), float(len(out))
+    whole = value(dense_cost(graph, layer)[0], *sizes)
+    return _front([chain for chain in found if value(chain.macs, *sizes) < whole], *sizes)
+
+
+def value(cost: Bilinear, into: float, out: float) -> float:
+    """Of a bilinear cost, for so many inputs and outputs."""
+    return cost[0] + cost[1] * into + cost[2] * out + cost[3] * into * out
+
+
+def _ranks(full: int) -> list[int]:
+    """All, or about `RANKS` of them, denser where they are small."""
+    if full <= RANKS:
+        return list(range(1, full + 1))
+    return sorted({round(r) for r in np.geomspace(1, full, RANKS)} | {round(r) for r in np.linspace(1, full, RANKS)})
+
+
+def _shapes(kernel: Kernel, form: TwoFactors, rank: int, transposed: bool, sizes: tuple[int, int]) -> tuple[Shape, ...]:
+    resized = Kernel(torch.empty(1, sizes[1], sizes[0], *kernel.tensor.shape[3:], device="meta"))
+    return form.shapes(resized, (rank,), transposed)
+
+
+def _bilinear(layer: Layer, shapes: Callable[[tuple[int, int]], tuple[Shape, ...]]) -> tuple[Bilinear, Bilinear]:
+    """The costs of layers whose shapes are bilinear in (inputs, outputs), from those at four sizes."""
+    corners = [Layout(shapes(sizes), layer.kind == "conv_transpose") for sizes in ((1, 1), (2, 1), (1, 2), (2, 2))]
+    return (
+        _through([float(c.macs(layer.extents)) for c in corners]),
+        _through([float(c.params) for c in corners]),
+    )
+
+
+def _through(corners: list[float]) -> Bilinear:
+    one, wide, tall, both = corners
+    d = both - wide - tall + one
+    b, c = wide - one - d, tall - one - d
+    return one - b - c - d, b, c, d
+
+
+def _front(found: list[Chain], into: float, out: float) -> list[Chain]:
+    """Those that no other beats in cost and error, the most expensive first."""
+    front: list[Chain] = []
+    for chain in sorted(found, key=lambda c: (value(c.macs, into, out), c.error)):
+        if not front or chain.error < front[-1].error:
+            front.append(chain)
+    return front[::-1]
