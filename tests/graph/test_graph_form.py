@@ -684,3 +684,18 @@ def test_every_choice_of_channels_is_exact(name: str, form: Form):
             keep = graph.keep_all()
             keep[group.start + first : group.start + last] = False
             assert self_check(model, graph, keep).passed, (group.name, first, last)
+
+
+def test_parts_that_hold_one_channel_several_times():
+    """Copies side by side, split channel by channel: a part has no axis that tells which of them would go."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = torch.stack([(a := net.a(x)), a], 2).flatten(1, 2)
+        first, _, _, last = y.tensor_split(4, 1)
+        return net.b(torch.cat([last, first], 1).flatten(1))
+
+    torch.manual_seed(0)
+    model = Net(forward, a=conv(3, 4), b=nn.Linear(4 * 64, 3))
+    graph = trace(model, torch.zeros(2, 3, 8, 8), form="graph")
+    assert not graph.groups
+    assert [f.reason for f in graph.frozen if f.layer == "a"] == ["split_with_sizes in Net makes a part of one channel"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convpare.graph.structure import Axis, Graph, Layer
+from convpare.planning.knapsack import choose
 from convpare.planning.options import Chain, dense_cost, value
 from convpare.planning.solver import METRICS, CostModel
 
@@ -81,6 +82,20 @@ class MixedModel(CostModel):
             (self._beyond(n, at[n], sizes) - self._beyond(n, at[n], after) for n in layers), np.zeros(len(METRICS))
         )
         return {metric: base[metric] + float(x) for metric, x in zip(METRICS, saved, strict=True)}
+
+    def best_chains(self, counts: np.ndarray, limits: Mapping[str, float]) -> list[Chain | None]:
+        """What each layer becomes when the groups keep so many channels: the least error within the limits.
+
+        Raises:
+            ConvpareError: no choice is within the limits.
+        """
+        base, sizes = super().cost(counts), self._sizes(counts)
+        at = [METRICS.index(metric) for metric in limits]
+        costs = [np.stack([self._beyond(n, i, sizes)[at] for i in range(1 + len(c.chains))])
+                 for n, c in enumerate(self.choices)]  # fmt: skip
+        errors = [np.array([0.0, *(chain.error for chain in c.chains)]) for c in self.choices]
+        found = choose(costs, errors, [limit - base[metric] for metric, limit in limits.items()])
+        return [c.chains[i - 1] if i else None for c, i in zip(self.choices, found.at, strict=True)]
 
     def _beyond(self, layer: int, choice: int, sizes: np.ndarray) -> np.ndarray:
         """What a layer costs more (less: negative) as one of its choices than as it is, by metric."""

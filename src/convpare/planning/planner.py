@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -266,15 +266,15 @@ def _choose_mixed(
             f"criterion {chosen.name} ({options.allocation}) does not say what compares with factorizations; take "
             f"{' or '.join(COMPARABLE)} and the global allocation"
         )
-    levels, zero = _levels(graph, options), graph.keep_all()
-    rankings = _rank(model, graph, chosen, images, zero, options) if "prune" in options.methods else {}
+    levels = _levels(graph, options)
+    rankings = _rank(model, graph, chosen, images, graph.keep_all(), options) if "prune" in options.methods else {}
     levels = levels if rankings else [allowed[:1] for allowed in levels]
     curves = [np.zeros(1) if len(allowed) == 1 else _curve(rankings[g.name])[allowed[0] - allowed]
               for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
     layers = factorizable(model, graph)
     known = metrics_of(model, layers, images, chosen.name == "sensitivity")
     layers = [layer for layer in layers if layer.name in known]
-    weights = {**dict(model.named_parameters(remove_duplicate=False))}
+    weights = dict(model.named_parameters(remove_duplicate=False))
 
     def choices(keep: np.ndarray) -> list[Choices]:
         relative = chosen.name == "reconstruction"
@@ -282,19 +282,19 @@ def _choose_mixed(
             Choices(x, tuple(chains_of(graph, x, weights[x.weight], known[x.name], keep, relative))) for x in layers
         ]
 
-    keep, kept = zero, np.array([g.channels for g in graph.groups], float)
-    allocation = _allocated(graph, choices(keep), levels, curves, budget, options)
-    kept = allocation.kept[: len(graph.groups)]
-    orders = {name: ranking.order for name, ranking in rankings.items()}
-    keep = keep_of(graph, orders, kept)
-    counts = [np.array([int(count)]) for count in kept]
-    if not keep.all():
-        allocation = _allocated(graph, choices(keep), counts, [np.zeros(1)] * len(counts), budget, options)
+    limits = limits_of(CostModel(graph), graph, budget)
+    keep = graph.keep_all()
+    if rankings:
+        kept = _jointly(graph, choices(keep), levels, curves, budget, options)
+        keep = keep_of(graph, {name: ranking.order for name, ranking in rankings.items()}, kept)
+    offered = choices(keep)
+    model_cost = MixedModel(graph, offered)
+    counts = np.array([int(keep[g.units].sum()) for g in graph.groups], float)
+    found = model_cost.best_chains(counts, limits)
     errors = np.zeros(graph.channels)
     for group in graph.groups:
         if group.name in rankings:
             errors[group.start + rankings[group.name].order] = rankings[group.name].errors
-    found = cast(MixedModel, allocation.model).chosen(allocation.kept)
     edits = [
         Factorize(x.name, chain.form, (chain.rank,), _shape(graph, x, keep), chain.error)
         for x, chain in zip(layers, found, strict=True)
@@ -303,18 +303,18 @@ def _choose_mixed(
     return keep, errors, tuple(edits)
 
 
-def _allocated(
+def _jointly(
     graph: Graph, choices: list[Choices], levels: list[np.ndarray], errors: list[np.ndarray], budget: Budget,
     options: PlanOptions,
-) -> Allocation:  # fmt: skip
-    model = MixedModel(graph, choices)
-    dense = CostModel(graph)
+) -> np.ndarray:  # fmt: skip
+    """How many channels each group keeps, chosen together with what the layers become."""
+    model, dense = MixedModel(graph, choices), CostModel(graph)
     own = [np.array([0.0, *(chain.error for chain in c.chains)]) for c in choices]
     allocation = Allocation(model, [*levels, *model.levels], [*errors, *own], limits_of(dense, graph, budget))
     whole = dense.cost(np.array([g.channels for g in graph.groups], float))
     check_feasible(allocation, budget, whole, _hint(graph, options))
-    allocate(allocation)
-    return allocation
+    allocate(allocation, exchange=False)
+    return allocation.kept[: len(graph.groups)]
 
 
 def _shape(graph: Graph, layer: Layer, keep: np.ndarray) -> tuple[int, ...]:

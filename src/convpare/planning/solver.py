@@ -135,11 +135,11 @@ class Allocation:
         return all(cost[metric] <= limit for metric, limit in self.limits.items())
 
 
-def allocate(allocation: Allocation) -> None:
+def allocate(allocation: Allocation, exchange: bool = True) -> None:
     """Bring `allocation` within its limits, where they can be met, at a small total error.
 
     With several limits the price of one against the other is searched over a grid; the plan with the least error wins.
-    Where single channels matter, it is then improved by exchanges.
+    Where single channels matter, it is then improved by exchanges, if these are wanted.
     """
     found = []
     for prices in _prices(list(allocation.limits)):
@@ -148,7 +148,7 @@ def allocate(allocation: Allocation) -> None:
         _fill(allocation)
         found.append((allocation.error, allocation.at.copy(), prices))
     _, allocation.at, prices = min(found, key=lambda plan: plan[0])
-    if allocation.fits():
+    if exchange and allocation.fits():
         _exchange(allocation, prices)
 
 

@@ -132,13 +132,13 @@ def pick_range(t: Tracer, x: Value, dim: int = 0, start: Any = None, end: Any = 
         index = [slice(None)] * x.ndim
         if field.shape[dim % x.ndim] > 1:
             index[dim % x.ndim] = slice(begin, stop, step)
-        fields.append(_part(t, field, compact(field[tuple(index)]), t.shape, dim % x.ndim))
+        fields.append(_part(t, field, compact(field[tuple(index)]), dim % x.ndim))
     return x.like(t.shape, fields)
 
 
-def _part(t: Tracer, field: Tensor, part: Tensor, shape: Sequence[int], axis: int) -> Tensor:
-    """A part of an axis of channels; one channel alone has no axis to be told by, and stays."""
-    if field.shape[axis] > 1 and shape[axis] == 1:
+def _part(t: Tracer, field: Tensor, part: Tensor, axis: int) -> Tensor:
+    """A part of an axis of channels; one channel alone, or several times, has no axis to be told by, and stays."""
+    if field.shape[axis] > 1 and part.shape[axis] == 1:
         t.labels.freeze(part, f"{t.where} makes a part of one channel")
     return part
 
@@ -275,9 +275,8 @@ def split(t: Tracer, x: Value, *args: Any, **kwargs: Any) -> tuple[Value, ...]:
     for field in x.fields:
         for part, moved in zip(parts, t.target(field.expand(x.shape), *args, **kwargs), strict=True):
             part.append(compact(moved))
-        for moved, shape in zip([p[-1] for p in parts], t.shapes, strict=True):
             if t.name != "aten.unbind":
-                _part(t, field, moved, shape, dim)
+                _part(t, field, part[-1], dim)
     return tuple(x.like(shape, fields) for shape, fields in zip(t.shapes, parts, strict=True))
 
 

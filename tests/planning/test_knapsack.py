@@ -1,0 +1,59 @@
+"""The multiple-choice knapsack against brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convpare.errors import ConvpareError
+from convpare.planning.knapsack import choose
+
+
+def brute(costs: list[np.ndarray], errors: list[np.ndarray], limits: list[float]) -> float | None:
+    """The least error of all choices within the limits."""
+    best = None
+    for at in itertools.product(*(range(len(e)) for e in errors)):
+        spent = sum(c[i] for c, i in zip(costs, at, strict=True))
+        error = float(sum(e[i] for e, i in zip(errors, at, strict=True)))
+        if (spent <= np.asarray(limits)).all() and (best is None or error < best):
+            best = error
+    return best
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), things=st.integers(1, 5), budgets=st.integers(1, 3), share=st.floats(0.05, 1.1))
+def test_as_good_as_brute_force(seed: int, things: int, budgets: int, share: float):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 6, things)
+    costs = [rng.integers(1, 10**6, (n, budgets)).astype(float) for n in counts]
+    errors = [rng.exponential(size=n) * 10.0 ** rng.integers(-3, 3) for n in counts]
+    limits = list(share * sum(c.mean(0) for c in costs))
+    best = brute(costs, errors, limits)
+    if best is None:
+        with pytest.raises(ConvpareError, match="infeasible"):
+            choose(costs, errors, limits)
+        return
+    found = choose(costs, errors, limits)
+    assert found.error == pytest.approx(best, rel=1e-5, abs=1e-9)
+    assert (sum(c[i] for c, i in zip(costs, found.at, strict=True)) <= np.asarray(limits)).all()
+    assert found.bound <= found.error
+    assert found.gap <= 1e-5
+
+
+def test_many_options_to_a_proven_gap():
+    """As many as a large network has."""
+    rng = np.random.default_rng(0)
+    costs = [np.sort(rng.integers(1, 10**8, (60, 2)), 0)[::-1].astype(float) for _ in range(55)]
+    errors = [np.sort(rng.exponential(size=60)) for _ in range(55)]
+    limits = [0.5 * sum(c[0, k] for c in costs) for k in range(2)]
+    found = choose(costs, errors, limits)
+    assert found.gap <= 1e-5
+    assert (sum(c[i] for c, i in zip(costs, found.at, strict=True)) <= np.asarray(limits)).all()
+
+
+def test_nothing_to_choose():
+    assert choose([], [], [3.0]).at == ()
+    with pytest.raises(ConvpareError, match="exceeded already"):
+        choose([], [], [-1.0])
