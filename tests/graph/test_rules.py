@@ -16,6 +16,7 @@ from convpare.errors import ConvpareError
 from convpare.graph import mends, removed, rule, self_check, trace
 from convpare.graph.rules import RULES
 from convpare.graph.structure import Form
+from convpare.planning.cost import count
 
 
 def test_every_kind_of_rule_has_its_test():
@@ -772,3 +773,36 @@ def test_groups_are_numbered_in_the_order_of_execution_and_named_apart():
         z=conv(5, 1),
     )  # fmt: skip
     assert groups(parts) == [("a", 2, ("a", "b"), ("z",)), ("a#2", 3, ("a", "c"), ("z",))]
+
+
+@pytest.mark.parametrize("channels", [2, 3, 12])
+@pytest.mark.parametrize("between", [0, 1, 2, 5])
+def test_numbers_of_groups_that_could_lose_alike(channels: int, between: int):
+    """A number that counts one group and stands for another of the same size is told, whatever trials remove."""
+
+    def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
+        first = net.a(x)
+        y = first
+        for n in range(between):
+            y = torch.relu(getattr(net, f"m{n}")(y))
+        return net.z(torch.relu(net.b(y)).flatten(1).reshape(first.shape))
+
+    torch.manual_seed(0)
+    middle = {f"m{n}": conv(channels, channels) for n in range(between)}
+    model = Net(forward, a=conv(3, channels), **middle, b=conv(channels, channels), z=conv(channels, 2))
+    graph = trace(model, torch.zeros(2, 3, 8, 8))
+    assert {group.name for group in graph.groups}.isdisjoint({"a", "b"})
+    for unit in range(graph.channels):
+        keep = graph.keep_all()
+        keep[unit] = False
+        assert self_check(model, graph, keep).passed
+
+
+def test_norm_and_direction_of_one_shape():
+    """A weight-normalised convolution that reads one channel a group: it is counted, whichever of the two it is."""
+    torch.manual_seed(0)
+    weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 12, 1, groups=2))
+    model = nn.Sequential(conv(3, 2), weighted, nn.ReLU(), conv(12, 2))
+    found = count(model, torch.zeros(1, 3, 8, 8))
+    assert not found.not_counted
+    assert found.total.macs == 64 * (3 * 2 + 12 + 24)

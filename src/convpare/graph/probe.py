@@ -58,9 +58,7 @@ def _follow(
     """Freeze what the forward does not follow, among the exact groups alone or also those that are marked inexact."""
     while groups := [g for g in graph.groups if marked or not g.inexact]:
         trial = Trial(model, graph, record)
-        found = trial.wrong(groups)
-        if found is None:  # and those that lose alike do not follow each other
-            found = trial.wrong(groups[::2], most=True)
+        found = trial.failure(groups)
         if found is None:
             break
         wrong: set[Site] = set()
@@ -126,13 +124,31 @@ class Trial:
 
     def failing(self, groups: Sequence[Group], trials: int = 32) -> list[Group]:
         """Those of `groups` that the forward does not follow, by halving; with no trials left, whole halves."""
-        if not groups or (self.wrong(groups) is None and self.wrong(groups[::2], most=True) is None):
+        if self.failure(groups) is None:
             return []
         if len(groups) == 1 or trials < 2:
             return list(groups)
         half = len(groups) // 2
         parts = (groups[:half], groups[half:])
         return [g for part in parts for g in self.failing(part, trials // 2 - 1)] or list(groups)
+
+    def failure(self, groups: Sequence[Group]) -> set[Site] | None:
+        """As `wrong`, of several trials, in which any two groups of as many channels once lose differently many.
+
+        For if two lose alike, a number that counts the one may stand for the other.
+        """
+        if (found := self.wrong(groups)) is not None or (found := self.wrong(groups[::2], most=True)) is not None:
+            return found
+        lost = [(group.channels, self._gone(group), n % 2) for n, group in enumerate(groups)]
+        for bit in range(1, len(groups).bit_length()):
+            split = [n >> bit & 1 for n in range(len(groups))]
+            if len(set(zip(lost, split, strict=True))) > len(set(lost)):
+                lost = list(zip(lost, split, strict=True))  # type: ignore[arg-type]
+                if (
+                    found := self.wrong([g for g, side in zip(groups, split, strict=True) if side], most=True)
+                ) is not None:
+                    return found
+        return None
 
     def wrong(self, groups: Sequence[Group], most: bool = False) -> set[Site] | None:
         """None if the forward follows when some channels of each of `groups` go, else the lines where it did not.
@@ -142,11 +158,9 @@ class Trial:
         if not groups:
             return None
         keep = self.graph.keep_all()
-        for group in groups:  # some of each, any of them: what fits one by chance rarely fits another
+        for group in groups:
+            gone = self._most(group) if most else self._gone(group)
             some = np.random.default_rng(group.start)
-            gone = group.channels - (2 if group.inexact and group.channels > 2 else 1)  # one alone has no variance
-            if gone > 1 and not most:
-                gone = int(some.integers(1, group.channels // 2 + 1))
             keep[group.start + some.choice(group.channels, gone, replace=False)] = False
         self._touch_every_number(groups, keep)
         stays = torch.from_numpy(staying(self.unit_of, keep)[self.classes])
@@ -173,6 +187,16 @@ class Trial:
             for n, out in enumerate(record.recording.made)
         ]
         return [fed(call, made) for call in record.calls]
+
+    def _most(self, group: Group) -> int:
+        """All channels but one, which alone has no variance where that counts."""
+        return group.channels - (2 if group.inexact and group.channels > 2 else 1)
+
+    def _gone(self, group: Group) -> int:
+        """How many channels go: of groups with as many channels, as far as can be, of each another number."""
+        alike = [g.start for g in self.graph.groups if g.channels == group.channels]
+        most = max(1, min(self._most(group), group.channels // 2))
+        return min(1 + (alike.index(group.start) + group.channels // 4) % most, self._most(group))
 
     def _touch_every_number(self, groups: Sequence[Group], keep: np.ndarray) -> None:
         """Of the channels that each number counts let one go at least, where its group keeps another."""

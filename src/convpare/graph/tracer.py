@@ -126,7 +126,10 @@ class Tracer:
         self.layers[name] = Layer(owner, kind, name, bias_name, out_axis, in_axis, extents, groups, computed)
 
     def _origin(self, shape: tuple[int, ...], slots: Mapping[int, Tensor]) -> str | None:
-        """The one parameter of this shape, with these labels, from which the weight (argument 1) is computed."""
+        """The one parameter of this shape, with these labels, from which the weight (argument 1) is computed.
+
+        Of norm and direction of a weight, which may have one shape, the direction.
+        """
         seen: set[Node] = set()
         waiting = [self.node.args[1]]
         while waiting:
@@ -135,15 +138,15 @@ class Tracer:
                 seen.add(node)
                 waiting += node.all_input_nodes
         names = {self.names[n.name] for n in seen if n.name in self.names} & self.parameters
-        alike = [name for name in names if self.tensors[name].shape == shape]
+        alike = sorted(name for name in names if self.tensors[name].shape == shape)
         starts = {axis: int(labels[0]) for axis, labels in slots.items() if len(labels) > 1}
-        if (
-            len(alike) == 1
-            and shape[0] == shape[1]
-            and any(self.slots.get((alike[0], axis)) != n for axis, n in starts.items())
-        ):
+        if len(alike) > 1 and {name[:-1].rpartition(".")[2] for name in alike} <= {"original", "weight_"}:
+            alike = alike[-1:] if len({name[:-1] for name in alike}) == 1 else []
+        if len(alike) != 1:
+            return None
+        if shape[0] == shape[1] and any(self.slots.get((alike[0], axis)) != n for axis, n in starts.items()):
             return None  # its transposed, perhaps
-        return alike[0] if len(alike) == 1 else None
+        return alike[0]
 
     def spell(
         self, path: Path, labels: Tensor, axis: int = 0, span: tuple[int, int] | None = None, *, sign: int = 1,
