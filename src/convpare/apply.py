@@ -20,7 +20,7 @@ from convpare.graph.surgery import removed
 from convpare.graph.trace import trace
 from convpare.planning.options import metrics_of, restricted
 from convpare.planning.plan import Plan
-from convpare.planning.planner import calibration_images
+from convpare.planning.planner import PlanOptions, calibration_images
 
 
 class FailedCheck(ConvpareError):  # noqa: N818 - what failed is the check
@@ -118,13 +118,20 @@ def _metrics(
     model: nn.Module, graph: Graph, keep: np.ndarray, plan: Plan, data: Data | ImageSet | Tensor | None
 ) -> dict[str, Metric]:
     """What errors of the factorized layers cost, by the measure that the plan was made with."""
-    images = calibration_images(data, int(plan.options.get("images", 128)), int(plan.options.get("seed", 0)))
+    images = None if data is None else calibration_images(data, *(_number(plan, key) for key in ("images", "seed")))
     if images is None:
         return {}
     layers = [graph.layer(edit.layer) for edit in plan.factorizations]
     layers = [layer for layer in layers if layer.groups == 1]
     known = metrics_of(model, layers, images, plan.criterion == "sensitivity")
     return {x.name: restricted(known[x.name], graph, x, keep) for x in layers if x.name in known}
+
+
+def _number(plan: Plan, name: str) -> int:
+    found = plan.options.get(name, getattr(PlanOptions(), name))
+    if type(found) is not int or found < 0:
+        raise ConvpareError(f"the plan's option {name} is {found!r}; expected a whole number of 0 or more")
+    return found
 
 
 def _as_graph(module: Graph, keep: np.ndarray, graph: Graph) -> tuple[Graph, np.ndarray]:

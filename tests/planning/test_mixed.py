@@ -1,0 +1,232 @@
+"""Plans that mix channels and chains: what they cost, that they are good, and that they can be carried out."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convpare
+from convpare.compress import CompressOptions, compress
+from convpare.errors import ConvpareError
+from convpare.factorize.edit import Factorize
+from convpare.graph import Graph, trace
+from convpare.planning.cost import count, planned_cost
+from convpare.planning.mixed import Choices, MixedModel, keep_of
+from convpare.planning.options import chains_of, dense_cost, factorizable, metrics_of, restricted, value
+from convpare.planning.plan import Plan
+from convpare.planning.planner import PlanOptions, calibration_images
+from convpare.redundancy.moments import Sampling
+
+IMAGES = torch.randn(96, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """A residual stream with two blocks, a strided and a depthwise convolution, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.a1, self.a2 = nn.Conv2d(12, 16, 3, padding=1), nn.Conv2d(16, 12, 3, padding=1)
+        self.b1, self.b2 = nn.Conv2d(12, 10, 1), nn.Conv2d(10, 12, (3, 1), padding=(1, 0))
+        self.deep = nn.Conv2d(12, 12, 3, groups=12)
+        self.down = nn.Conv2d(12, 20, 3, stride=2)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        y = y + self.a2(torch.relu(self.a1(y)))
+        y = y + self.b2(torch.relu(self.b1(y)))
+        return self.head(torch.relu(self.down(self.deep(y))).mean((2, 3)))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():  # nearly repeated inside of kernels in some layers, across channels in others
+        for layer, rank in ((model.a2, 4), (model.down, 6)):
+            u, s, v = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+            s[rank:] *= 0.1
+            layer.weight.copy_(((u * s) @ v).reshape(layer.weight.shape))
+        model.a1.weight[8:] = model.a1.weight[:8] + 0.05 * torch.randn(8, 12, 3, 3)
+        model.a1.bias[8:] = model.a1.bias[:8]
+    return model
+
+
+def mixed(*methods: str, **others: Any) -> PlanOptions:
+    return PlanOptions(methods=methods, images=96, scope="all", **others)
+
+
+def offered(model: nn.Module, graph: Graph, keep: np.ndarray, relative: bool = True) -> list[Choices]:
+    layers = factorizable(model, graph)
+    known = metrics_of(model, layers, calibration_images(IMAGES, len(IMAGES), 0), not relative)
+    weights = dict(model.named_parameters())
+    return [Choices(x, tuple(chains_of(graph, x, weights[x.weight], known[x.name], keep, relative))) for x in layers]
+
+
+def test_the_cost_of_any_choice():
+    """Of random counts and chains: what `planned_cost` says, and savings are differences of costs."""
+    model = net()
+    graph = trace(model, IMAGES[:2])
+    choices = offered(model, graph, graph.keep_all())
+    cost = MixedModel(graph, choices)
+    rng = np.random.default_rng(0)
+    orders = {g.name: rng.permutation(g.channels) for g in graph.groups}
+    for _ in range(12):
+        counts = np.array([rng.integers(max(1, g.channels // 2), g.channels + 1) for g in graph.groups])
+        at = [int(rng.integers(0, 1 + len(c.chains))) for c in choices]
+        kept = np.array([*counts, *(levels[i] for levels, i in zip(cost.levels, at, strict=True))], float)
+        keep = keep_of(graph, orders, counts)
+        edits = [
+            Factorize(c.layer.name, chain.form, (chain.rank,), ())
+            for c, chain in zip(choices, cost.chosen(kept), strict=True)
+            if chain is not None
+        ]
+        expected = planned_cost(graph, keep, edits)
+        assert cost.cost(kept) == {"macs": expected.macs, "params": expected.params}
+        for variable in range(len(kept)):
+            levels = (
+                np.arange(graph.groups[variable].channels, 0, -1)
+                if variable < cost.groups
+                else cost.levels[variable - cost.groups]
+            )
+            target = float(rng.choice(levels))
+            other = kept.copy()
+            other[variable] = target
+            saved = cost.saving(kept, variable, kept[variable] - target)
+            assert saved == pytest.approx({m: cost.cost(kept)[m] - cost.cost(other)[m] for m in saved}, abs=1e-6)
+
+
+def test_chains_of_a_layer():
+    """Cheaper than the layer, each with less error than all that are cheaper, and the errors are those of the fit."""
+    model = net()
+    graph = trace(model, IMAGES[:1])
+    keep = graph.keep_all()
+    keep[graph.group("a1").start : graph.group("a1").start + 5] = False
+    layer = graph.layer("a2")
+    known = metrics_of(model, [layer], IMAGES, weighted=False, sampling=Sampling(per_unknown=10**6))
+    found = chains_of(graph, layer, model.a2.weight, known["a2"], keep, relative=True)
+    macs = [value(chain.macs, 11, 12) for chain in found]
+    assert macs == sorted(macs, reverse=True)
+    assert macs[0] < value(dense_cost(graph, layer)[0], 11, 12) == 144 * 12 * 11 * 9
+    assert [c.error for c in found] == sorted(c.error for c in found)
+    assert len({chain.form for chain in found}) >= 3
+    small = nn.Conv2d(11, 12, 3, padding=1)
+    with torch.no_grad():
+        small.weight.copy_(model.a2.weight[:, 5:])
+    metric = restricted(known["a2"], graph, layer, keep)
+    for chain in found[::5]:
+        factors = convpare.factorize.factorize(small, chain.form, (chain.rank,), metric)
+        exact = chain.form.startswith("o|")
+        assert factors.details["output_error"] == pytest.approx(chain.error, rel=1e-3 if exact else 0.5, abs=2e-3)
+
+
+def test_only_layers_that_a_chain_can_replace():
+    model = net()
+    names = [layer.name for layer in factorizable(model, trace(model, IMAGES[:1]))]
+    assert names == ["stem", "a1", "a2", "b1", "b2", "down", "head"]
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "sensitivity"])
+@pytest.mark.parametrize("methods", [("factorize",), ("prune", "factorize")])
+def test_within_the_budgets(methods: tuple[str, ...], criterion: str):
+    model = net()
+    made = convpare.plan(model, IMAGES[:2], IMAGES, macs=0.5, params=0.55, criterion=criterion, options=mixed(*methods))
+    assert made.achieved["macs"] <= 0.5
+    assert made.achieved["params"] <= 0.55
+    assert made.factorizations
+    assert bool(made.edits) == ("prune" in methods)
+    small = convpare.apply(model, made, IMAGES)
+    assert count(small, IMAGES[:2]).total == made.after
+    assert Plan.from_json(made.to_json()) == made
+    assert made.options["methods"] == list(methods)
+
+
+def test_together_they_lose_less_than_alone():
+    """By the plan's own prediction, and in what the network puts out after calibration."""
+    model = net()
+    errors, outputs = {}, {}
+    with torch.no_grad():
+        wanted = model(IMAGES)
+    for methods in (("prune",), ("factorize",), ("prune", "factorize")):
+        made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.45, criterion="reconstruction", options=mixed(*methods))
+        errors[methods] = sum(e.error for e in (*made.edits, *made.factorizations))
+        small = convpare.recover(convpare.apply(model, made, IMAGES), model, IMAGES)
+        with torch.no_grad():
+            outputs[methods] = float((small(IMAGES) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
+    assert errors["prune", "factorize"] < min(errors["prune",], errors["factorize",])
+    assert outputs["prune", "factorize"] < outputs["prune",]
+
+
+def test_chains_alone_are_the_best_there_are():
+    """Against all choices, written out."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 1)).eval()
+    graph = trace(model, IMAGES[:1])
+    options = PlanOptions(methods=("factorize",), images=96)
+    made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.6, criterion="reconstruction", options=options)
+    choices = offered(model, graph, graph.keep_all())
+    best = min(
+        (sum(c.error for c in at if c is not None), at)
+        for at in itertools.product(*([None, *c.chains] for c in choices))
+        if planned_cost(
+            graph,
+            graph.keep_all(),
+            [Factorize(x.layer.name, c.form, (c.rank,), ()) for x, c in zip(choices, at, strict=True) if c is not None],
+        ).macs
+        <= 0.6 * made.before.macs
+    )[0]
+    assert sum(edit.error for edit in made.factorizations) == pytest.approx(best, rel=1e-4)
+
+
+def test_fitted_to_images_is_better_than_to_weights():
+    model = net()
+    made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.4, criterion="reconstruction", options=mixed("factorize"))
+    with torch.no_grad():
+        wanted = model(IMAGES)
+        errors = [float((convpare.apply(model, made, data)(IMAGES) - wanted).square().sum()) for data in (IMAGES, None)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_compress_does_all_of_it(tmp_path: Path):
+    model = net()
+    done = compress(
+        model, IMAGES[:1], IMAGES, macs=0.5, criterion="reconstruction",
+        options=CompressOptions(plan=mixed("prune", "factorize")),
+    )  # fmt: skip
+    assert done.plan.factorizations
+    assert done.check.passed
+    assert count(done.model, IMAGES[:1]).total == done.plan.after
+    convpare.save(done.model, tmp_path / "small", plan=done.plan)
+    assert torch.equal(convpare.load(tmp_path / "small", net)(IMAGES), done.model(IMAGES))
+
+
+def test_what_cannot_be_planned_says_so():
+    model = net()
+    with pytest.raises(ConvpareError, match=r"criterion l2 .* take reconstruction or sensitivity"):
+        convpare.plan(model, IMAGES[:1], IMAGES, macs=0.5, criterion="l2", options=mixed("factorize"))
+    with pytest.raises(ConvpareError, match="infeasible"):
+        convpare.plan(model, IMAGES[:1], IMAGES, macs=0.001, criterion="reconstruction", options=mixed("factorize"))
+    for wrong, message in (
+        ({"methods": ()}, "expected prune, factorize, or both"),
+        ({"methods": ("quantize",)}, "expected prune, factorize, or both"),
+        ({"methods": ("factorize",), "rounds": 2}, "give no threshold and no rounds"),
+        ({"methods": ("factorize",), "threshold": 0.1}, "give no threshold and no rounds"),
+    ):
+        with pytest.raises(ConvpareError, match=message):
+            PlanOptions(**wrong)
+    made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.5, criterion="reconstruction", options=mixed("factorize"))
+    with pytest.raises(ConvpareError, match="option images is 'all'"):
+        convpare.apply(model, replace(made, options={**made.options, "images": "all"}), IMAGES)
+
+
+def test_keep_of():
+    graph = trace(net(), IMAGES[:1])
+    group = graph.group("a1")
+    orders = {g.name: np.arange(g.channels)[::-1] for g in graph.groups}
+    counts = np.array([g.channels - 3 * (g.name == "a1") for g in graph.groups])
+    keep = keep_of(graph, orders, counts)
+    assert np.flatnonzero(~keep).tolist() == [group.start + 13, group.start + 14, group.start + 15]
