@@ -36,6 +36,13 @@ RESNET56 = (
 )
 MOBILENET = "convpare:mobilenet_v1_025 --weights {shared}/weights/mobilenet_v1_025-imagenet.safetensors"
 IMAGENET = "--test {shared}/data/imagenet500"
+RESNET20 = RESNET56.replace("resnet56", "resnet20")
+METHODS = {"prune": "prune", "factorize": "factorize", "mixed": "prune,factorize"}
+MIXED = {  # what it is called: the network, its budget
+    "mixed-point": (RESNET56, "--macs 0.5173 --params 0.421"),
+    **{f"mixed-56-{macs}": (RESNET56, f"--macs {macs}") for macs in (0.5, 0.35, 0.7)},
+    **{f"mixed-20-{macs}": (RESNET20, f"--macs {macs}") for macs in (0.5, 0.35, 0.7)},
+}
 HALVES = (("half", 0.5, ""), ("half-more", 0.5, " --recover-images 8192 --samples 256"), ("seventy", 0.7, ""))
 LABELS = {
     "half": "0.5 of the MACs", "half-more": "0.5, 8,192 images, 256 samples per unknown", "seventy": "0.7 of the MACs",
@@ -174,6 +181,14 @@ def accuracy() -> None:
             point(f"{name}-{seed}", command(line))
 
 
+def mixed() -> None:
+    for seed in SEEDS:
+        for name, (network, budget) in MIXED.items():
+            for label, methods in METHODS.items():
+                line = f"compress {network} {budget} --methods {methods} --criterion reconstruction --seed {seed}"
+                point(f"{name}-{label}-{seed}", command(line))
+
+
 def structure() -> None:
     for spec, size in ARCHITECTURES.items():
         point(f"check-{spec.rpartition(':')[2]}", architecture(spec, size))
@@ -210,6 +225,15 @@ def seeds_of(name: str) -> list[dict[str, Any]]:
     return [point for rest, point in stored(f"{name}-").items() if rest.isdigit()]
 
 
+def mixed_rows() -> list[str]:
+    return [
+        accuracy_row(f"{network.split()[0].partition(':')[2]}, `{budget}`: {label}", points)
+        for name, (network, budget) in MIXED.items()
+        for label in METHODS
+        if (points := seeds_of(f"{name}-{label}"))
+    ]
+
+
 def tables() -> str:
     """docs/results/README.md, from the stored points."""
     head = (
@@ -236,16 +260,17 @@ def tables() -> str:
             accuracy_row(c, [stored(f"mobilenet-{c}")[""]]) for c in ("qsfm-ssim", "l2", "reconstruction")
         ),
         commands="\n".join(p["command"] for p in (
-            dense, seeds_of("qsfm-point-qsfm-ssim")[0], *(seeds_of(name)[0] for name in LABELS if seeds_of(name)),
+            dense, seeds_of("qsfm-point-qsfm-ssim")[0], *seeds_of("mixed-point-mixed")[:1], *(seeds_of(name)[0] for name in LABELS if seeds_of(name)),
             mobile, stored("mobilenet-reconstruction")[""],
         )),
+        mixed="\n".join(mixed_rows()),
         checked="\n".join(checked), timed="\n".join(timed),
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("accuracy", "structure", "timing"))
+    parser.add_argument("part", nargs="?", choices=("accuracy", "mixed", "structure", "timing"))
     part = parser.parse_args().part
     if "CONVPARE_SHARED" not in os.environ:
         sys.exit("CONVPARE_SHARED does not name the folder of real data and weights")
@@ -255,6 +280,6 @@ if __name__ == "__main__":
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for each in [part] if part else ["structure", "timing", "accuracy"]:
-        {"accuracy": accuracy, "structure": structure, "timing": timing}[each]()
+    for each in [part] if part else ["structure", "timing", "accuracy", "mixed"]:
+        {"accuracy": accuracy, "mixed": mixed, "structure": structure, "timing": timing}[each]()
     (ROOT / "docs" / "results" / "README.md").write_text(tables())

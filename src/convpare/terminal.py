@@ -203,6 +203,8 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
     show(f"plan for {plan.model} on {_shapes(plan.inputs)}, criterion {plan.criterion}{scope}{form}\n")
     if plan.edits:
         _show_table(_removals(plan))
+    if plan.factorizations:
+        _show_table(_factorizations(plan))
     _show_table(_stages(done))
     _show_table(_before_and_after(done, figures.content))
     on = figures.content["measured_on"]
@@ -219,7 +221,7 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
              f"(relative output error: {tried})")  # fmt: skip
     if done.excluded:
         warn("left whole, their surgery failed the self-check: " + ", ".join(done.excluded))
-    if not plan.edits:
+    if not plan.edits and not plan.factorizations:
         warn("nothing was removed: all channels are within the budget or beyond the threshold")
     show(f"saved to {output}")
 
@@ -319,6 +321,15 @@ def _removals(plan: Plan) -> Table:
         filled = round(10 * share)
         bar = "█" * filled + "░" * (10 - filled)
         table.add_row(escape(edit.group), f"{edit.channels:,}", f"{len(edit.keep):,}", f"{bar} {100 * share:5.1f} %")
+    return table
+
+
+def _factorizations(plan: Plan) -> Table:
+    table = _table("layer", "weight", "becomes", "rank", "adds error")
+    for edit in plan.factorizations:
+        error = "-" if edit.error is None else f"{edit.error:.2g}"
+        ranks = ", ".join(map(str, edit.ranks))
+        table.add_row(escape(edit.layer), _shapes((edit.shape,)), escape(edit.form), ranks, error)
     return table
 
 

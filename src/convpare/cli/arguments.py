@@ -193,6 +193,8 @@ class MethodArguments:
     """How channels are chosen.
 
     Attributes:
+        methods: prune (remove channels), factorize (replace layers by chains of two), or prune,factorize: whatever adds
+            the least error; with factorize the criterion is reconstruction or sensitivity
         scope: inner: residual streams keep their width; auto: inner if the budget allows it, else all
         allocation: how a budget is spread over the groups; default: what suits the criterion
         round_to: layers keep multiples of this many channels
@@ -205,6 +207,7 @@ class MethodArguments:
     """
 
     criterion: Annotated[str, Parameter(help=", ".join(criteria()))] = "qsfm-ssim"
+    methods: str = "prune"
     scope: Literal["auto", "inner", "all"] = "auto"
     allocation: Literal["uniform", "global"] | None = None
     round_to: Count = 1
@@ -220,6 +223,7 @@ class MethodArguments:
         get_criterion(self.criterion)
         exclude = tuple(name.strip() for text in self.exclude for name in text.split(",") if name.strip())
         return PlanOptions(
+            methods=tuple(name.strip() for name in self.methods.split(",") if name.strip()),
             scope=self.scope, allocation=self.allocation, round_to=self.round_to, exclude=exclude,
             inexact=self.inexact, merge=self.merge, images=self.images, rounds=self.rounds, threshold=threshold,
             seed=self.seed, criterion_options=criterion_options,

@@ -123,7 +123,9 @@ def plan(
     if options.merge:
         return _merged_plan(model, example_inputs, data, budget, criterion, options, graph)
     graph = trace(model, example_inputs) if graph is None else graph
-    if not graph.groups:
+    if "factorize" in options.methods and graph.form == "graph":
+        raise ConvpareError("layers are factorized in the module form; take another form than graph, or prune alone")
+    if not graph.groups and "factorize" not in options.methods:
         reason = "inspect says why every channel stays"
         raise ConvpareError(f"nothing in {graph.model} can be removed; {reason}{_hint(graph, options)}")
     for name in options.exclude:
