@@ -227,7 +227,10 @@ def seeds_of(name: str) -> list[dict[str, Any]]:
 
 def mixed_rows() -> list[str]:
     return [
-        accuracy_row(f"{network.split()[0].partition(':')[2]}, `{budget}`: {label}", points)
+        accuracy_row(
+            f"{network.split()[0].partition(':')[2]} [{points[0]['stages'][0]['top1']:.2f}], `{budget}`: {label}",
+            points,
+        )
         for name, (network, budget) in MIXED.items()
         for label in METHODS
         if (points := seeds_of(f"{name}-{label}"))
@@ -260,8 +263,8 @@ def tables() -> str:
             accuracy_row(c, [stored(f"mobilenet-{c}")[""]]) for c in ("qsfm-ssim", "l2", "reconstruction")
         ),
         commands="\n".join(p["command"] for p in (
-            dense, seeds_of("qsfm-point-qsfm-ssim")[0], *seeds_of("mixed-point-mixed")[:1], *(seeds_of(name)[0] for name in LABELS if seeds_of(name)),
-            mobile, stored("mobilenet-reconstruction")[""],
+            dense, seeds_of("qsfm-point-qsfm-ssim")[0], *(seeds_of(name)[0] for name in LABELS if seeds_of(name)),
+            *seeds_of("mixed-point-mixed")[:1], mobile, stored("mobilenet-reconstruction")[""],
         )),
         mixed="\n".join(mixed_rows()),
         checked="\n".join(checked), timed="\n".join(timed),
