@@ -276,6 +276,11 @@ WRONG_OPTIONS = {
     f"{COMPRESS} --threshold nan": "--threshold is nan; expected a finite number",
     f"{COMPRESS} --threshold -1": r"--threshold is -1\.0",
     f"{COMPRESS} --macs 0.5 --criterion qsfm": "no criterion 'qsfm'; choose one of .*qsfm-ssim",
+    f"{COMPRESS} --macs 0.5 --methods x": "methods are .*'x'.*; expected prune, factorize, or both",
+    f"{COMPRESS} --macs 0.5 --methods ,": "expected prune, factorize, or both",
+    f"{COMPRESS} --macs 0.5 --methods factorize": "criterion qsfm-ssim .* take reconstruction or sensitivity",
+    f"{COMPRESS} --macs 0.5 --methods factorize --criterion reconstruction --form graph": "another form than graph",
+    f"{COMPRESS} --macs 0.5 --methods factorize --rounds 2": "give no threshold and no rounds",
     f"{COMPRESS} --macs 0.5 --scope x": '"x" for --scope.*"inner"',
     f"{COMPRESS} --macs 0.5 --allocation x": '"x" for --allocation.*"uniform"',
     f"{COMPRESS} --macs 0.5 --tap x": '"x" for --tap.*"activation"',
@@ -577,6 +582,7 @@ def test_number_of_classes_survives(run: Run):
         "--macs 0.5 --criterion qsfm-psnr --tap conv --window gaussian --data-range 4 --rule mean --limit 50",
         "--macs 0.5 --who norm --data-range image --recover least-squares --recover-images 64 --samples 4",
         "--macs 0.5 --criterion reconstruction --seed 7 --test grey.npz",
+        "--macs 0.5 --criterion sensitivity --methods prune,factorize --scope all",
     ],
 )
 def test_options_of_compress(run: Run, options: str):
@@ -591,6 +597,7 @@ def test_options_of_compress(run: Run, options: str):
     kept = {edit.group: len(edit.keep) for edit in plan.edits}
     if "--round-to 8" in options:
         assert kept and all(count % 8 == 0 for count in kept.values())
+    assert bool(plan.factorizations) == ("factorize" in options)
     if "--exclude" in options:
         assert kept and not {"block1.conv1", "stem.0"} & set(kept)
     if "--limit" in options:
@@ -694,6 +701,25 @@ def test_the_graph_form_needs_no_code(run: Run):
     assert json.loads(Path("e.json").read_text())["top1"] == told["after"]["top1"]
 
 
+def test_factorized_networks_are_networks_like_any(run: Run):
+    """Evaluated, inspected, and shown layer by layer."""
+    line = "--macs 0.4 --methods factorize --criterion reconstruction --images 64 --json c.json"
+    made = run(f"compress {DIGITS} --data digits -o new {line}")
+    assert made.code == 0, made.err
+    assert re.search(r"layer +weight +becomes +rank +adds error", made.out)
+    assert re.search(r"block2\.conv2 +64×64×3×3 +\S+ +\d+ +\S+", made.out)
+    told = json.loads(Path("c.json").read_text())
+    assert told["achieved"]["macs"] <= 0.4
+    assert told["after"]["top1"] > told["before"]["top1"] - 5
+    evaluated = run("evaluate new --data digits --json e.json")
+    assert (evaluated.code, json.loads(Path("e.json").read_text())["top1"]) == (0, told["after"]["top1"])
+    inspected = run("inspect new --json i.json")
+    assert inspected.code == 0, inspected.err
+    found = json.loads(Path("i.json").read_text())
+    assert (found["macs"], found["params"]) == (told["after"]["macs"], told["after"]["params"])
+    assert {"block2.conv2.0", "block2.conv2.1"} <= {layer["name"] for layer in found["layers"]}
+
+
 def test_marked_groups_stay_unless_asked_for(run: Run):
     inspected = run("inspect net.py:Layered --input 1,1,8,8")
     assert "layer_norm in norm normalises over them" in inspected.out
@@ -768,8 +794,8 @@ def test_help_names_every_choice(run: Run):
     page = " ".join(run("compress --help").out.replace("│", " ").split())
     options = re.findall(r"--[a-z-]+", page)
     for name in ("weights", "input", "num-classes", "model", "data", "mean", "std", "resize", "crop", "classes", "test",
-                 "limit", "macs", "params", "threshold", "criterion", "scope", "allocation", "round-to", "exclude",
-                 "images", "rounds", "seed", "tap", "window", "data-range", "rule", "who", "recover", "recover-images",
+                 "limit", "macs", "params", "threshold", "criterion", "methods", "scope", "allocation", "round-to",
+                 "exclude", "images", "rounds", "seed", "tap", "window", "data-range", "rule", "who", "recover", "recover-images",
                  "samples", "output", "json"):  # fmt: skip
         assert f"--{name}" in options, name
     assert "--empty-exclude" not in options
