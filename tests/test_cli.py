@@ -795,8 +795,8 @@ def test_help_names_every_choice(run: Run):
     options = re.findall(r"--[a-z-]+", page)
     for name in ("weights", "input", "num-classes", "model", "data", "mean", "std", "resize", "crop", "classes", "test",
                  "limit", "macs", "params", "threshold", "criterion", "methods", "scope", "allocation", "round-to",
-                 "exclude", "images", "rounds", "seed", "tap", "window", "data-range", "rule", "who", "recover", "recover-images",
-                 "samples", "output", "json"):  # fmt: skip
+                 "exclude", "images", "rounds", "seed", "tap", "window", "data-range", "rule", "who", "recover",
+                 "recover-images", "samples", "output", "json"):  # fmt: skip
         assert f"--{name}" in options, name
     assert "--empty-exclude" not in options
     assert all(name in page for name in criteria())

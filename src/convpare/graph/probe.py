@@ -3,6 +3,7 @@
 import copy
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from convpare.graph.surgery import remove_
 from convpare.graph.tracer import Spelled, operator_name
 
 Site = tuple[str, ...]
+KINDS = 8  # trials of channels of one kind, at most
 TAKE_NUMBERS = frozenset(aten(NARY) + aten("arange linspace full eye new_full pow"))
 ELIDED = ("aten.contiguous",)  # what the capture leaves out where it does nothing
 FOLLOWS_NOT = "takes a number from its forward that does not follow them"
@@ -108,6 +110,10 @@ class Trial:
         for (name, axis), units in graph.units.items():
             start = record.slots[name, axis]
             self.unit_of[self.classes[start : start + len(units)]] = units
+        random = np.random.default_rng(0).integers(1, 2**63, len(graph.rewrites), dtype=np.uint64)
+        self.kinds = np.zeros(graph.channels, np.uint64)  # a sum of random numbers, one for each that counts a channel
+        for number, rewrite in zip(random, graph.rewrites, strict=True):
+            np.add.at(self.kinds, rewrite.count.units[rewrite.count.units >= 0], number)
 
     def touched(self, spelled: Sequence[Spelled], counted: bool = False) -> list[Group]:
         """The groups that lie on the axes of which these numbers speak, or those that the numbers count."""
@@ -133,24 +139,29 @@ class Trial:
         return [g for part in parts for g in self.failing(part, trials // 2 - 1)] or list(groups)
 
     def failure(self, groups: Sequence[Group]) -> set[Site] | None:
-        """As `wrong`, of several trials, in which any two groups of as many channels once lose differently many.
+        """As `wrong`, of several trials that leave no number to chance.
 
-        For if two lose alike, a number that counts the one may stand for the other.
+        Any two groups of as many channels once lose differently many: a number that counts the one may stand for the
+        other. And channels of one kind go alone, those that are counted by the same numbers: what counts some of a
+        group may stand for as many others of it.
         """
-        if (found := self.wrong(groups)) is not None or (found := self.wrong(groups[::2], most=True)) is not None:
+        if (found := self.wrong(groups)) is not None or (found := self.wrong(groups[::2], self._most)) is not None:
             return found
-        lost = [(group.channels, self._gone(group), n % 2) for n, group in enumerate(groups)]
+        lost = [(group.channels, len(self._some(group)), n % 2) for n, group in enumerate(groups)]
         for bit in range(1, len(groups).bit_length()):
-            split = [n >> bit & 1 for n in range(len(groups))]
-            if len(set(zip(lost, split, strict=True))) > len(set(lost)):
-                lost = list(zip(lost, split, strict=True))  # type: ignore[arg-type]
-                if (
-                    found := self.wrong([g for g, side in zip(groups, split, strict=True) if side], most=True)
-                ) is not None:
+            sides = [n >> bit & 1 for n in range(len(groups))]
+            if len(set(zip(lost, sides, strict=True))) > len(set(lost)):
+                lost = list(zip(lost, sides, strict=True))  # type: ignore[arg-type]
+                half = [g for g, side in zip(groups, sides, strict=True) if side]
+                if (found := self.wrong(half, self._most)) is not None:
                     return found
+        mixed = [g for g in groups if len(self._kinds(g)) > 1]
+        for number in range(min(KINDS, max((len(self._kinds(g)) for g in mixed), default=0))):
+            if (found := self.wrong(mixed, partial(self._of_kind, number))) is not None:
+                return found
         return None
 
-    def wrong(self, groups: Sequence[Group], most: bool = False) -> set[Site] | None:
+    def wrong(self, groups: Sequence[Group], choose: Callable[[Group], np.ndarray] | None = None) -> set[Site] | None:
         """None if the forward follows when some channels of each of `groups` go, else the lines where it did not.
 
         The set is empty where the failure shows only later, in a line that spells no number.
@@ -159,9 +170,7 @@ class Trial:
             return None
         keep = self.graph.keep_all()
         for group in groups:
-            gone = self._most(group) if most else self._gone(group)
-            some = np.random.default_rng(group.start)
-            keep[group.start + some.choice(group.channels, gone, replace=False)] = False
+            keep[group.start + (choose or self._some)(group)] = False
         self._touch_every_number(groups, keep)
         stays = torch.from_numpy(staying(self.unit_of, keep)[self.classes])
         try:
@@ -172,6 +181,31 @@ class Trial:
         if not all(map(_same_constants, programs, self.record.constants)):
             return set()
         return self._compare([node for program in programs for node in program.graph.nodes], keep, stays)
+
+    def _some(self, group: Group) -> np.ndarray:
+        """Any channels; of groups with as many channels, as far as can be, of each another number."""
+        alike = [g.start for g in self.graph.groups if g.channels == group.channels]
+        most = max(1, min(len(self._most(group)), group.channels // 2))
+        return self._any(
+            group, min(1 + (alike.index(group.start) + group.channels // 4) % most, len(self._most(group)))
+        )
+
+    def _most(self, group: Group) -> np.ndarray:
+        """All channels but one, which alone has no variance where that counts."""
+        return self._any(group, group.channels - (2 if group.inexact and group.channels > 2 else 1))
+
+    def _any(self, group: Group, count: int) -> np.ndarray:
+        return np.random.default_rng(group.start).choice(group.channels, count, replace=False)
+
+    def _kinds(self, group: Group) -> list[np.ndarray]:
+        """The channels of a group, apart by the numbers that count them, and how often."""
+        kinds = self.kinds[group.units]
+        return [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+
+    def _of_kind(self, number: int, group: Group) -> np.ndarray:
+        kinds = self._kinds(group)
+        chosen = kinds[number % len(kinds)]
+        return chosen[: max(1, len(chosen) // 2)]
 
     def _narrowed(self, stays: Tensor) -> Sequence[Call]:
         """The calls of the parts, what they hand to each other in its new shape, which what lies between must bear."""
@@ -187,16 +221,6 @@ class Trial:
             for n, out in enumerate(record.recording.made)
         ]
         return [fed(call, made) for call in record.calls]
-
-    def _most(self, group: Group) -> int:
-        """All channels but one, which alone has no variance where that counts."""
-        return group.channels - (2 if group.inexact and group.channels > 2 else 1)
-
-    def _gone(self, group: Group) -> int:
-        """How many channels go: of groups with as many channels, as far as can be, of each another number."""
-        alike = [g.start for g in self.graph.groups if g.channels == group.channels]
-        most = max(1, min(self._most(group), group.channels // 2))
-        return min(1 + (alike.index(group.start) + group.channels // 4) % most, self._most(group))
 
     def _touch_every_number(self, groups: Sequence[Group], keep: np.ndarray) -> None:
         """Of the channels that each number counts let one go at least, where its group keeps another."""
