@@ -75,7 +75,7 @@ def test_json():
     told = json.loads(json.dumps(done.to_json(), allow_nan=False))
     assert set(told) == {
         "model", "form", "criterion", "options", "requested", "achieved", "before", "after", "stages", "self_check",
-        "recovery", "excluded", "test_images",
+        "recovery", "excluded", "test_images", "tried",
     }  # fmt: skip
     assert told["model"] == "DigitsNet"
     assert told["criterion"] == "l2"
@@ -127,7 +127,7 @@ def test_progress():
     done = compress(digits(), X, data(), macs=0.7, options=FAST, on_progress=lambda *step: told.append(step))
     names = list(dict.fromkeys(name for name, _, _ in told))
     assert names == [
-        "tracing", "planning", "surgery and self-check", "accuracy before", "accuracy surgery", "recovery",
+        "tracing", "planning", "surgery and self-check", "recovery", "accuracy before", "accuracy surgery",
         f"accuracy {done.stages[-1].name}",
     ]  # fmt: skip
     assert all(0 <= part <= whole for _, part, whole in told)

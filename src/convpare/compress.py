@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from convpare.apply import FailedCheck, carry_out
 from convpare.data import Data, ImageSet
-from convpare.errors import ConvpareError
+from convpare.errors import ConvpareError, Infeasible
 from convpare.evaluation import Evaluation, evaluate
 from convpare.graph.capture import Inputs
 from convpare.graph.check import SelfCheck
 from convpare.graph.merging import merge_all
-from convpare.graph.structure import Form
+from convpare.graph.structure import Form, Graph
 from convpare.graph.trace import trace
 from convpare.jsonable import finite
 from convpare.planning.cost import Cost
@@ -50,6 +50,8 @@ class Compression:
         recovered: how accuracy was won back; None where recovery was not asked for.
         excluded: groups that failed the self-check, and were left whole.
         test_images: how many images the accuracies are of.
+        tried: where several methods were tried together and each alone, the relative output error of each, after
+            recovery, on images kept aside; the best one was taken.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Compression:
     recovered: Recovered | None
     excluded: tuple[str, ...]
     test_images: int
+    tried: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         first, last = self.stages[0].top1, self.stages[-1].top1
@@ -75,6 +78,7 @@ class Compression:
             "self_check": self.check.to_json(),
             "recovery": _recovery(self.recovered),
             "excluded": list(self.excluded),
+            "tried": finite(dict(self.tried)),
             "test_images": self.test_images,
         }
 
@@ -110,7 +114,8 @@ def compress(
     """Plan, apply, check and recover. The given model is untouched.
 
     Calibration uses training images of `data` without their labels; its test images serve for the accuracies alone.
-    A group whose surgery fails the self-check is left whole, and the plan is made anew without it.
+    A group whose surgery fails the self-check is left whole, and the plan is made anew without it. Several methods are
+    tried together and each alone, and what comes nearest to the original after recovery is taken.
 
     Raises:
         ConvpareError: as `plan`, `apply` and `recover`, or recovery is wanted without images; nothing has been changed.
@@ -123,13 +128,70 @@ def compress(
     tell("tracing", 0, 1)
     whole = merge_all(model, example_inputs)[0] if options.plan.merge else model
     graph = trace(whole, example_inputs, form=options.form)
-    excluded: tuple[str, ...] = ()
-    while True:
+    traced = time.perf_counter() - started
+
+    def make(chosen: PlanOptions) -> Plan:
         tell("planning", 0, 1)
-        chosen = replace(options.plan, exclude=(*options.plan.exclude, *excluded))
-        made = plan(
+        return plan(
             model, example_inputs, data, macs=macs, params=params, criterion=criterion, options=chosen, graph=graph
         )
+
+    tries: list[_Try] = []
+    for methods in _candidates(options.plan.methods, recovery is not None):
+        try:
+            found = _carried_out(model, data, graph, replace(options.plan, methods=methods), make, tell)
+        except Infeasible:
+            if methods == options.plan.methods:
+                raise
+            continue
+        tries.append(_recovered(found, model, data, recovery, tell))
+    best = min(tries, key=lambda t: t.error)
+    tester = _Tester(data, options, tell)
+    stages = [tester.stage("before", model, 0.0), tester.stage("surgery", best.surgery, traced + best.seconds[0])]
+    if best.recovered is not None:
+        stages.append(tester.stage(best.recovered.method, best.recovered.model, best.seconds[1]))
+    errors = {" and ".join(t.methods): t.error for t in tries} if len(tries) > 1 else {}
+    return Compression(
+        best.model, best.plan, best.check, tuple(stages), best.recovered, best.excluded, tester.images, errors
+    )
+
+
+def _candidates(methods: tuple[str, ...], measured: bool) -> list[tuple[str, ...]]:
+    """What is tried: all methods together; where it can be measured what they give, each alone, too."""
+    return [methods, *((method,) for method in methods)] if len(methods) > 1 and measured else [methods]
+
+
+@dataclass(frozen=True, eq=False)
+class _Try:
+    """A plan that was carried out."""
+
+    methods: tuple[str, ...]
+    plan: Plan
+    surgery: nn.Module
+    check: SelfCheck
+    excluded: tuple[str, ...]
+    seconds: tuple[float, float]  # of planning and surgery, of recovery
+    recovered: Recovered | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.surgery if self.recovered is None else self.recovered.model
+
+    @property
+    def error(self) -> float:
+        """The relative error of the outputs on images that nothing was fitted to; 0 where nothing was recovered."""
+        return 0.0 if self.recovered is None else self.recovered.errors[self.recovered.method]
+
+
+def _carried_out(
+    model: nn.Module, data: Data | ImageSet | Tensor | None, graph: Graph, options: PlanOptions,
+    make: Callable[[PlanOptions], Plan], tell: Progress,
+) -> _Try:  # fmt: skip
+    """Plan, remove and check; what fails the check is left whole, and the plan made anew."""
+    started = time.perf_counter()
+    excluded: tuple[str, ...] = ()
+    while True:
+        made = make(replace(options, exclude=(*options.exclude, *excluded)))
         tell("surgery and self-check", 0, 1)
         try:
             small, check = carry_out(model, made, data, graph=graph)
@@ -139,18 +201,19 @@ def compress(
                 raise
             excluded = (*excluded, *failed.groups)
     assert check is not None
-    seconds = time.perf_counter() - started
-    tester = _Tester(data, options, tell)
-    stages = [tester.stage("before", model, 0.0), tester.stage("surgery", small, seconds)]
-    recovered = None
-    if recovery is not None and data is not None:
-        started = time.perf_counter()
-        recovered = recover_with(
-            small, model, data, options=recovery, on_progress=lambda done, total: tell("recovery", done, total)
-        )
-        small = recovered.model
-        stages.append(tester.stage(recovered.method, small, time.perf_counter() - started))
-    return Compression(small, made, check, tuple(stages), recovered, excluded, tester.images)
+    return _Try(options.methods, made, small, check, excluded, (time.perf_counter() - started, 0.0))
+
+
+def _recovered(
+    found: _Try, model: nn.Module, data: Data | ImageSet | Tensor | None, options: RecoverOptions | None, tell: Progress
+) -> _Try:
+    if options is None or data is None:
+        return found
+    started = time.perf_counter()
+    done = recover_with(
+        found.surgery, model, data, options=options, on_progress=lambda done, total: tell("recovery", done, total)
+    )
+    return replace(found, recovered=done, seconds=(found.seconds[0], time.perf_counter() - started))
 
 
 class _Tester:

@@ -219,6 +219,8 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
         tried = ", ".join(f"{name} {error:.3g}" for name, error in done.recovered.errors.items())
         show(f"recovery: {done.recovered.method}, from {done.recovered.images:,} images without labels, no gradients "
              f"(relative output error: {tried})")  # fmt: skip
+    if done.tried:
+        show("tried: " + ", ".join(f"{name} {error:.3g}" for name, error in done.tried.items()) + " (the same error)")
     if done.excluded:
         warn("left whole, their surgery failed the self-check: " + ", ".join(done.excluded))
     if not plan.edits and not plan.factorizations:

@@ -1,5 +1,6 @@
 """Factorizations as edits of a plan: applied with removals, costed, proven, recovered, saved and loaded."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from convpare.graph import Graph, removed, trace
 from convpare.planning.cost import count, planned_cost, total_cost
 from convpare.planning.plan import Plan
 from convpare.recovery import LeastSquares, RecoverOptions
+from convpare.recovery.least_squares import compensate_
 
 X = torch.randn(3, 4, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -295,6 +297,32 @@ def test_recovery_fits_the_last_layer_of_a_chain(macs: float):
     assert errors[1] < 0.7 * errors[0]
     assert not torch.equal(better.stem[-1].weight, small.stem[-1].weight)
     assert torch.equal(better.stem[0].weight, small.stem[0].weight)
+
+
+def test_recovery_fits_all_of_a_chain_of_two():
+    """The layer as it has to be now, factorized anew: better than the last layer of the chain alone can do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 3, 1)
+    ).eval()
+    images = torch.randn(128, 4, 12, 12, generator=torch.Generator().manual_seed(2))
+    graph = trace(model, images[:1])
+    keep = graph.keep_all()
+    keep[graph.group("0").start : graph.group("0").start + 3] = False
+    edit = edits_for(graph, keep, {"2": ("oh|iw", (6,))})[0]
+    small, _ = factorized(removed(model, graph, keep), [edit])
+    errors = []
+    for chains, kept in (
+        ((edit,), False),
+        ((replace(edit, form="tt:ihwo"),), True),
+    ):  # the second: as it is not cut in two
+        student = copy.deepcopy(small)
+        told = compensate_(student, model, graph, keep, images, LeastSquares(ridge=1e-8), chains=chains)
+        assert told.layers == ("2", "4")
+        assert torch.equal(student[2][0].weight, small[2][0].weight) == kept
+        with torch.no_grad():
+            errors.append(float((student(images) - model(images)).square().sum()))
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_recovery_at_full_rank_finds_the_original():

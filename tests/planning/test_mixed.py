@@ -19,7 +19,7 @@ from convpare.planning.cost import count, planned_cost
 from convpare.planning.mixed import Choices, MixedModel, keep_of
 from convpare.planning.options import chains_of, dense_cost, factorizable, metrics_of, restricted, value
 from convpare.planning.plan import Plan
-from convpare.planning.planner import PlanOptions, calibration_images
+from convpare.planning.planner import REMOVAL, PlanOptions, calibration_images
 from convpare.redundancy.moments import Sampling
 
 IMAGES = torch.randn(96, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -154,7 +154,7 @@ def test_together_they_lose_less_than_alone():
         wanted = model(IMAGES)
     for methods in (("prune",), ("factorize",), ("prune", "factorize")):
         made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.45, criterion="reconstruction", options=mixed(*methods))
-        errors[methods] = sum(e.error for e in (*made.edits, *made.factorizations))
+        errors[methods] = REMOVAL * sum(e.error for e in made.edits) + sum(e.error for e in made.factorizations)
         small = convpare.recover(convpare.apply(model, made, IMAGES), model, IMAGES)
         with torch.no_grad():
             outputs[methods] = float((small(IMAGES) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
@@ -197,11 +197,26 @@ def test_compress_does_all_of_it(tmp_path: Path):
         model, IMAGES[:1], IMAGES, macs=0.5, criterion="reconstruction",
         options=CompressOptions(plan=mixed("prune", "factorize")),
     )  # fmt: skip
-    assert done.plan.factorizations
     assert done.check.passed
+    assert done.recovered is not None
+    assert list(done.tried) == ["prune and factorize", "prune", "factorize"]
+    assert min(done.tried.values()) == done.recovered.errors[done.recovered.method]
+    best = min(done.tried, key=lambda name: done.tried[name])
+    assert bool(done.plan.factorizations) == ("factorize" in best)
+    assert bool(done.plan.edits) == ("prune" in best)
     assert count(done.model, IMAGES[:1]).total == done.plan.after
     convpare.save(done.model, tmp_path / "small", plan=done.plan)
     assert torch.equal(convpare.load(tmp_path / "small", net)(IMAGES), done.model(IMAGES))
+
+
+def test_what_one_method_cannot_reach_the_others_can():
+    model = net()
+    done = compress(
+        model, IMAGES[:1], IMAGES, macs=0.06, criterion="reconstruction",
+        options=CompressOptions(plan=mixed("prune", "factorize")),
+    )  # fmt: skip
+    assert "factorize" not in done.tried
+    assert done.plan.achieved["macs"] <= 0.06
 
 
 def test_what_cannot_be_planned_says_so():

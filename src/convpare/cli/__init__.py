@@ -50,7 +50,7 @@ from convpare.evaluation import evaluate
 from convpare.importance import get_criterion
 from convpare.inspection import inspect, write_gallery
 from convpare.measurement import Measured, measured
-from convpare.planning.planner import calibration_images
+from convpare.planning.planner import calibration_images, check_methods
 from convpare.redundancy.kernels import ENERGY
 from convpare.report import theory_figure, truncation_figure, write_figure
 from convpare.theory import TheoryOptions, theory
@@ -120,6 +120,7 @@ def compress_command(
         arguments.check()
     shape = which.shape
     plan = method.options(budget.threshold, qsfm.options(method.criterion))
+    check_methods(plan, method.criterion, method.form)
     options = CompressOptions(plan, recovery.options(method.seed), data.limit, method.form)
     _check_needs(data, method.criterion, recovery.recover)
     with terminal.progress() as tell:

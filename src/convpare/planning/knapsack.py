@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
-from convpare.errors import ConvpareError
+from convpare.errors import Infeasible
 
 GAP = 1e-6  # relative, at which the search ends
 SECONDS = 30.0  # after which the best choice so far is taken
@@ -37,11 +37,11 @@ def choose(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Se
         limits: (budgets,).
 
     Raises:
-        ConvpareError: no choice is within the limits.
+        Infeasible: no choice is within the limits.
     """
     if not costs:
         if any(limit < 0 for limit in limits):
-            raise ConvpareError("infeasible: there is nothing to choose from, and the budgets are exceeded already")
+            raise Infeasible("infeasible: there is nothing to choose from, and the budgets are exceeded already")
         return Choice((), 0.0, 0.0)
     strict = np.asarray(limits, float)
     for tightened in (0.0, 2e-6, 1e-5):  # what the solver takes for within a limit may be above it by a rounding
@@ -49,7 +49,7 @@ def choose(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Se
         if (sum(c[i] for c, i in zip(costs, at, strict=True)) <= strict).all():
             break
     else:
-        raise ConvpareError("infeasible: no choice is within the budgets to the last digit; give slightly larger ones")
+        raise Infeasible("infeasible: no choice is within the budgets to the last digit; give slightly larger ones")
     error = float(sum(e[i] for e, i in zip(errors, at, strict=True)))
     return Choice(at, error, min(bound, error))
 
@@ -75,6 +75,6 @@ def _solved(
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
     if found.x is None:
-        raise ConvpareError(f"infeasible: no choice is within the budgets ({found.message})")
+        raise Infeasible(f"infeasible: no choice is within the budgets ({found.message})")
     at = tuple(int(np.argmax(found.x[a:b])) for a, b in itertools.pairwise(starts))
     return at, -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound) * unit

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_array
 
-from convpare.errors import ConvpareError
+from convpare.errors import ConvpareError, Infeasible
 from convpare.graph.structure import Graph, Group
 
 METRICS = ("macs", "params")
@@ -197,7 +197,7 @@ def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, f
         if least[metric] > limit:
             share = least[metric] / dense[metric]
             best = math.ceil(1e4 * share) / 1e4
-            raise ConvpareError(
+            raise Infeasible(
                 f"infeasible: {metric} {budget.fractions[metric]:g} was asked for, at best "
                 f"{best if best >= share else best + 1e-4:g} can be reached with every group at its minimum{hint}"
             )

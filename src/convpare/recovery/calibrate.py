@@ -148,8 +148,9 @@ def _least_squares(
     if plan.form == "graph":  # operator by operator as the student is
         teacher = removed(teacher, graph, graph.keep_all())
     student = copy.deepcopy(small)
-    chains = [edit.layer for edit in plan.factorizations]
-    done = compensate_(student, teacher, graph, plan.keep(graph), fit, options.least_squares, on_progress, chains)
+    done = compensate_(
+        student, teacher, graph, plan.keep(graph), fit, options.least_squares, on_progress, plan.factorizations
+    )
     return student, done
 
 

@@ -13,7 +13,7 @@ the one before makes harmless; this loss never rises.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,9 +22,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from convpare.errors import ConvpareError
+from convpare.factorize.edit import Factorize
+from convpare.factorize.forms import get_form
+from convpare.factorize.metric import Metric
 from convpare.graph.structure import Graph, Layer
 from convpare.graph.tracer import operator_name
 from convpare.recovery.lockstep import Run, aligned
+from convpare.redundancy.cuts import Kernel
 from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
@@ -85,6 +89,7 @@ class Site:
     clips: tuple[float, float]
     bias: str | None  # the bias and the norm's running mean, where they are this layer's alone
     mean: str | None
+    geometry: Geometry | None = None  # of the layer that a chain stands for; else the node's own
 
 
 def compensate_(
@@ -95,13 +100,14 @@ def compensate_(
     images: Tensor,
     options: LeastSquares = LeastSquares(),
     on_progress: Callable[[int, int], None] | None = None,
-    chains: Collection[str] = (),
+    chains: Sequence[Factorize] = (),
 ) -> Fitted:
     """Re-fit `student` in place.
 
     Args:
         student: `teacher` without the channels that the mask `keep` (channels of `graph`,) drops.
-        chains: layers that the student has as chains of layers, of which the last ones are fitted.
+        chains: layers that the student has as chains. Of those that are cut in two the layer itself is fitted, and
+            factorized anew for what it reads and puts out now; the last layer of every chain is fitted after that.
         images: (n, …) calibration images; both networks' activations for all of them are in memory, layer by layer.
         on_progress: called with (layers done, layers in all).
 
@@ -111,18 +117,26 @@ def compensate_(
     """
     tensors: dict[str, Tensor] = dict(student.named_parameters(remove_duplicate=False))
     tensors.update(student.named_buffers(remove_duplicate=False))
-    chained = {name: str(len(student.get_submodule(name)) - 1) for name in chains}  # type: ignore[arg-type]
+    edits = {edit.layer: edit for edit in chains}
+    chained = {name: str(len(student.get_submodule(name)) - 1) for name in edits}  # type: ignore[arg-type]
     _check_student(tensors, graph, keep, chained)
     batches = _equal_batches(images)
     left, right = Run(teacher, batches), Run(student, batches)
-    twin_of = aligned(left, right, chains)
+    twin_of = aligned(left, right, edits)
     sites, kept = _sites(right, graph, keep, tensors, chained, options)
     twins = [twin_of[s.end] for s in sites]
     left.snapshot(twins)
     generator = torch.Generator().manual_seed(options.seed)
     for number, (site, twin) in enumerate(zip(sites, twins, strict=True)):
-        right.advance(right.position[site.node])
         left.advance(left.position[twin] + 1)
+        if site.name in edits and (whole := _whole(site, right, teacher, edits[site.name])) is not None:
+            right.advance(right.position[whole.node])
+            dense = _slice(teacher, graph, site.name, keep)
+            known = {**tensors, whole.layer.weight: dense}
+            fit = _Problem.gather(whole, right, left.value(twin), known, options, generator)
+            links = [tensors[f"{site.name}.{n}.weight"] for n in range(int(chained[site.name]) + 1)]
+            fit.factorize(edits[site.name], links, options)
+        right.advance(right.position[site.node])
         problem = _Problem.gather(site, right, left.value(twin), tensors, options, generator)
         problem.solve(options)
         left.forget(twin)
@@ -180,6 +194,28 @@ def _sites(
         else:
             found.append(_site(run, layer, layers[name].name, channels, nodes[0]))
     return found, kept
+
+
+def _whole(site: Site, run: Run, teacher: nn.Module, edit: Factorize) -> Site | None:
+    """The layer that a chain of two stands for, as a site at the chain's first layer, where it can be fitted as one."""
+    module = teacher.get_submodule(edit.layer)
+    first = next(n for n in run.nodes if _weight_name(run, n) == f"{edit.layer}.0.weight")
+    padded = getattr(module, "padding_mode", "zeros") != "zeros"
+    late = site.other is not None and run.position.get(site.other, -1) >= run.position[first]
+    if padded or late or "|" not in edit.form:
+        return None
+    layer = replace(site.layer, name=edit.layer, weight=edit.layer)
+    return replace(site, layer=layer, node=first, geometry=Geometry.of_module(module))
+
+
+def _slice(teacher: nn.Module, graph: Graph, name: str, keep: np.ndarray) -> Tensor:
+    """The weight of the original's layer without what removals take, a copy."""
+    layer = graph.layer(name)
+    weight = teacher.get_parameter(layer.weight).detach()
+    for axis in (0, 1):
+        index = torch.as_tensor(graph.kept((layer.weight, axis), keep), device=weight.device)
+        weight = weight.index_select(axis, index)
+    return weight.clone()
 
 
 def _last(layer: Layer, chained: Mapping[str, str]) -> Layer:
@@ -342,6 +378,19 @@ class _Problem:
         weight = torch.where(alive, weight, old)
         self._write(weight, mean.double() - weight @ centre.double(), alive)
 
+    def factorize(self, edit: Factorize, links: Sequence[Tensor], options: LeastSquares) -> None:
+        """Fit this layer, and write the chain that costs least at its inputs and outputs into `links`."""
+        own = [None if t is None else t.detach().clone() for t in (self.bias, self.mean)]
+        replace(self, bias=own[0], mean=own[1]).solve(options)
+        x = self.x - self.x.mean(2, keepdim=True)
+        moment = (x @ x.mT).double() / x.shape[2]
+        metric = Metric(moment, torch.diag_embed(self.scale[..., 0].double().square()))
+        kernel = Kernel.of(self.weight.double(), len(moment))
+        fit = get_form(edit.form).fit_to(kernel, edit.ranks, False, metric)
+        with torch.no_grad():
+            for tensor, link in zip(links, fit.links, strict=True):
+                tensor.copy_(link.weight())
+
     def _write(self, weight: Tensor, intercept: Tensor, alive: Tensor) -> None:
         with torch.no_grad():
             self.weight.copy_(weight.reshape(self.weight.shape))
@@ -358,6 +407,8 @@ def _flat(y: Tensor, axis: int) -> Tensor:
 
 
 def _geometry(site: Site, weight: Tensor) -> Geometry:
+    if site.geometry is not None:
+        return site.geometry
     if site.layer.kind == "linear":
         return Geometry()
     given = dict(zip(("stride", "padding", "dilation"), site.node.args[3:6], strict=False)) | dict(site.node.kwargs)
