@@ -62,7 +62,8 @@ T = TypeVar("T")
 _kept: list[Any] = []
 
 ABOUT = """Written by `make zoo`; benchmarks/zoo.py says what is measured, and how. {versions}. Left out: {left_out}.
-Measured so far, cheapest first: {count} of {total} models.
+Measured so far, cheapest first: {count} of {total} models. A record may be older than the engine; without it in
+zoo.json the model is measured anew.
 
 Prunable: the share of the MACs that a removal can lower, 0 for a net that cannot be captured. Error: of the self-check
 in float64 with 30 % of every group gone, relative to the largest output; effect: the same between the dense net and the
