@@ -299,14 +299,19 @@ def _choose_mixed(
             Choices(x, tuple(chains_of(graph, x, weights[x.weight], known[x.name], keep, relative))) for x in layers
         ]
 
-    limits = limits_of(CostModel(graph), graph, budget)
-    keep = graph.keep_all()
-    if rankings:
-        kept = _jointly(graph, choices(keep), levels, curves, budget, options)
-        keep = keep_of(graph, {name: ranking.order for name, ranking in rankings.items()}, kept)
+    keep, dense = graph.keep_all(), CostModel(graph)
+    limits = limits_of(dense, graph, budget)
     offered = choices(keep)
     model_cost = MixedModel(graph, offered)
-    counts = np.array([int(keep[g.units].sum()) for g in graph.groups], float)
+    own = [np.array([0.0, *(chain.error for chain in c.chains)]) for c in offered]
+    allocation = Allocation(model_cost, [*levels, *model_cost.levels], [*curves, *own], limits)
+    counts = np.array([g.channels for g in graph.groups], float)
+    check_feasible(allocation, budget, dense.cost(counts), _hint(graph, options))
+    if rankings:
+        allocate(allocation, exchange=False)
+        counts = allocation.kept[: len(graph.groups)]
+        keep = keep_of(graph, {name: ranking.order for name, ranking in rankings.items()}, counts)
+        model_cost = MixedModel(graph, choices(keep))
     found = model_cost.best_chains(counts, limits)
     errors = np.zeros(graph.channels)
     for group in graph.groups:
@@ -318,20 +323,6 @@ def _choose_mixed(
         if chain is not None
     ]
     return keep, errors, tuple(edits)
-
-
-def _jointly(
-    graph: Graph, choices: list[Choices], levels: list[np.ndarray], errors: list[np.ndarray], budget: Budget,
-    options: PlanOptions,
-) -> np.ndarray:  # fmt: skip
-    """How many channels each group keeps, chosen together with what the layers become."""
-    model, dense = MixedModel(graph, choices), CostModel(graph)
-    own = [np.array([0.0, *(chain.error for chain in c.chains)]) for c in choices]
-    allocation = Allocation(model, [*levels, *model.levels], [*errors, *own], limits_of(dense, graph, budget))
-    whole = dense.cost(np.array([g.channels for g in graph.groups], float))
-    check_feasible(allocation, budget, whole, _hint(graph, options))
-    allocate(allocation, exchange=False)
-    return allocation.kept[: len(graph.groups)]
 
 
 def _shape(graph: Graph, layer: Layer, keep: np.ndarray) -> tuple[int, ...]:
