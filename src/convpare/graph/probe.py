@@ -141,12 +141,14 @@ class Trial:
     def failure(self, groups: Sequence[Group]) -> set[Site] | None:
         """As `wrong`, of several trials that leave no number to chance.
 
-        Any two groups of as many channels once lose differently many: a number that counts the one may stand for the
-        other. And channels of one kind go alone, those that are counted by the same numbers: what counts some of a
-        group may stand for as many others of it.
+        Each group loses some and once nearly all: half of an odd number is that of the even one below. Any two groups
+        of as many channels once lose differently many: a number that counts the one may stand for the other. And
+        channels of one kind go alone, those that are counted by the same numbers: what counts some of a group may stand
+        for as many others of it.
         """
-        if (found := self.wrong(groups)) is not None or (found := self.wrong(groups[::2], self._most)) is not None:
-            return found
+        for some, choose in ((groups, None), (groups[::2], self._most), (groups[1::2], self._most)):
+            if (found := self.wrong(some, choose)) is not None:
+                return found
         lost = [(group.channels, len(self._some(group)), n % 2) for n, group in enumerate(groups)]
         for bit in range(1, len(groups).bit_length()):
             sides = [n >> bit & 1 for n in range(len(groups))]
