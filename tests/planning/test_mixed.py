@@ -82,9 +82,9 @@ def test_the_cost_of_any_choice():
         kept = np.array([*counts, *(levels[i] for levels, i in zip(cost.levels, at, strict=True))], float)
         keep = keep_of(graph, orders, counts)
         edits = [
-            Factorize(c.layer.name, chain.form, (chain.rank,), ())
-            for c, chain in zip(choices, cost.chosen(kept), strict=True)
-            if chain is not None
+            Factorize(c.layer.name, c.chains[i - 1].form, (c.chains[i - 1].rank,), ())
+            for c, i in zip(choices, at, strict=True)
+            if i
         ]
         expected = planned_cost(graph, keep, edits)
         assert cost.cost(kept) == {"macs": expected.macs, "params": expected.params}
@@ -228,6 +228,7 @@ def test_what_cannot_be_planned_says_so():
     for wrong, message in (
         ({"methods": ()}, "expected prune, factorize, or both"),
         ({"methods": ("quantize",)}, "expected prune, factorize, or both"),
+        ({"methods": ("prune", "prune")}, "expected prune, factorize, or both"),
         ({"methods": ("factorize",), "rounds": 2}, "give no threshold and no rounds"),
         ({"methods": ("factorize",), "threshold": 0.1}, "give no threshold and no rounds"),
     ):
@@ -236,6 +237,39 @@ def test_what_cannot_be_planned_says_so():
     made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.5, criterion="reconstruction", options=mixed("factorize"))
     with pytest.raises(ConvpareError, match="option images is 'all'"):
         convpare.apply(model, replace(made, options={**made.options, "images": "all"}), IMAGES)
+
+
+class Attending(nn.Module):
+    """A projection whose weight its owner reads, and a layer that a forward looks into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mid, self.head = nn.Conv2d(16, 24, 3), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        tokens = y.flatten(2).transpose(1, 2)
+        y = y + self.attention(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).reshape(y.shape)
+        return self.head(torch.relu(self.mid(y)).mean((2, 3))) / self.mid.out_channels
+
+
+def test_layers_that_no_chain_can_replace():
+    """One does not run as a module and is no candidate; the other fails the check, and is left as it is."""
+    torch.manual_seed(0)
+    model = Attending().eval()
+    options = CompressOptions(plan=mixed("factorize"), recover=None)
+    done = compress(model, IMAGES[:1], IMAGES, macs=0.97, criterion="reconstruction", options=options)
+    assert {edit.layer for edit in done.plan.factorizations} <= {"stem", "head"}
+    assert done.excluded == ("mid",)
+    assert done.check.passed
+    assert done.plan.achieved["macs"] <= 0.97
+
+
+def test_the_gap_is_told():
+    made = convpare.plan(net(), IMAGES[:1], IMAGES, macs=0.5, criterion="reconstruction", options=mixed("factorize"))
+    assert 0 <= made.options["gap"] <= 1e-5
 
 
 def test_keep_of():

@@ -198,7 +198,8 @@ class MethodArguments:
         scope: inner: residual streams keep their width; auto: inner if the budget allows it, else all
         allocation: how a budget is spread over the groups; default: what suits the criterion
         round_to: layers keep multiples of this many channels
-        exclude: groups that stay whole, with commas between; `convpare inspect` shows their names
+        exclude: groups that stay whole, or layers that become no chain, with commas between;
+            `convpare inspect` shows their names
         inexact: take marked groups, too, whose removal by nature changes the others
         merge: first let layers take in the expansions before them where nothing nonlinear stands between
         images: calibration images that the criterion looks at

@@ -152,7 +152,9 @@ def _same_leaves(tree: Any, like: Any) -> list[Any]:
 def _equal(x: Any, before: Any) -> bool:
     """Whether two leaves are the same, where that can be told, up to the roundings of operators that order freely."""
     if isinstance(x, Tensor) and isinstance(before, Tensor):
-        if x.shape != before.shape or x.dtype != before.dtype or not x.is_floating_point():
+        if x.shape != before.shape or x.dtype != before.dtype:
+            return False
+        if not x.is_floating_point():
             return torch.equal(x, before)
         return torch.allclose(x, before, rtol=ROUNDING, atol=ROUNDING * _scale(before), equal_nan=True)
     return isinstance(x, PLAIN) and type(x) is type(before) and bool(x == before)

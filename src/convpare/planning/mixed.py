@@ -51,11 +51,6 @@ class MixedModel(CostModel):
         sizes = float(shape[layer.in_axis]), float(shape[layer.out_axis])
         return np.array([value(dense_cost(graph, layer)[0], *sizes), *(value(c.macs, *sizes) for c in choices.chains)])
 
-    def chosen(self, kept: np.ndarray) -> list[Chain | None]:
-        """What each layer becomes; None: it stays as it is."""
-        at = self._at(kept)
-        return [c.chains[i - 1] if i else None for c, i in zip(self.choices, at, strict=True)]
-
     def _at(self, kept: np.ndarray) -> list[int]:
         return [index[float(level)] for index, level in zip(self._index, kept[self.groups :], strict=True)]
 
@@ -83,11 +78,12 @@ class MixedModel(CostModel):
         )
         return {metric: base[metric] + float(x) for metric, x in zip(METRICS, saved, strict=True)}
 
-    def best_chains(self, counts: np.ndarray, limits: Mapping[str, float]) -> list[Chain | None]:
-        """What each layer becomes when the groups keep so many channels: the least error within the limits.
+    def best_chains(self, counts: np.ndarray, limits: Mapping[str, float]) -> tuple[list[Chain | None], float]:
+        """What each layer becomes when the groups keep so many channels (None: it stays as it is), for the least error
+        within the limits; and the relative gap within which that is proven.
 
         Raises:
-            ConvpareError: no choice is within the limits.
+            Infeasible: no choice is within the limits.
         """
         base, sizes = super().cost(counts), self._sizes(counts)
         at = [METRICS.index(metric) for metric in limits]
@@ -95,7 +91,7 @@ class MixedModel(CostModel):
                  for n, c in enumerate(self.choices)]  # fmt: skip
         errors = [np.array([0.0, *(chain.error for chain in c.chains)]) for c in self.choices]
         found = choose(costs, errors, [limit - base[metric] for metric, limit in limits.items()])
-        return [c.chains[i - 1] if i else None for c, i in zip(self.choices, found.at, strict=True)]
+        return [c.chains[i - 1] if i else None for c, i in zip(self.choices, found.at, strict=True)], found.gap
 
     def _beyond(self, layer: int, choice: int, sizes: np.ndarray) -> np.ndarray:
         """What a layer costs more (less: negative) as one of its choices than as it is, by metric."""

@@ -59,7 +59,7 @@ class PlanOptions:
         allocation: "uniform" (every group loses about the same share), "global" (smallest error per saved cost first),
             or None for what suits the criterion.
         round_to: layers keep multiples of this many channels, or all.
-        exclude: names of groups that stay whole.
+        exclude: names of groups that stay whole; with "factorize" of layers, too, that stay as they are.
         inexact: take groups, too, whose removal by nature changes the others (a layer norm averages over them).
         merge: first let layers take in the expansions before them, where nothing nonlinear stands between: exact.
         images: how many calibration images a criterion looks at.
@@ -84,7 +84,7 @@ class PlanOptions:
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.methods or not set(self.methods) <= set(METHODS):
+        if not self.methods or not set(self.methods) <= set(METHODS) or len(set(self.methods)) < len(self.methods):
             raise ConvpareError(f"methods are {self.methods}; expected prune, factorize, or both")
         if "factorize" in self.methods and (self.threshold is not None or self.rounds > 1):
             raise ConvpareError("factorization is planned for budgets, in one round; give no threshold and no rounds")
@@ -135,21 +135,23 @@ def plan(
         reason = "inspect says why every channel stays"
         raise Infeasible(f"nothing in {graph.model} can be removed; {reason}{_hint(graph, options)}")
     for name in options.exclude:
-        graph.group(name)
+        if "factorize" not in options.methods or all(layer.name != name for layer in graph.layers):
+            graph.group(name)
     images = _images_for(chosen, graph, data, options) if chosen.needs_images else None
     settled = replace(
         options, scope=_resolve_scope(graph, budget, options), allocation=options.allocation or chosen.allocation
     )
     factorizations: tuple[Factorize, ...] = ()
+    told = _recorded(settled)
     if "factorize" in options.methods:
-        keep, errors, factorizations = _choose_mixed(model, graph, chosen, images, budget, settled)
+        keep, errors, factorizations, told["gap"] = _choose_mixed(model, graph, chosen, images, budget, settled)
     else:
         keep, errors = _choose(model, graph, chosen, images, budget, settled)
     return Plan(
         model=graph.model,
         inputs=graph.inputs,
         criterion=criterion,
-        options=_recorded(settled),
+        options=told,
         requested=budget.fractions,
         before=total_cost(graph, graph.keep_all()),
         after=planned_cost(graph, keep, factorizations),
@@ -277,8 +279,9 @@ def _choose(
 
 def _choose_mixed(
     model: nn.Module, graph: Graph, chosen: Criterion, images: Tensor | None, budget: Budget, options: PlanOptions
-) -> tuple[np.ndarray, np.ndarray, tuple[Factorize, ...]]:
-    """The mask of channels that stay, the error that each of the others adds (channels,), and what becomes chains.
+) -> tuple[np.ndarray, np.ndarray, tuple[Factorize, ...], float]:
+    """The mask of channels that stay, the error that each of the others adds (channels,), what becomes chains, and how
+    far from the best choice of chains that may be.
 
     All is chosen together, with the errors of chains of whole layers; then the chains once more, of what is left of
     the layers.
@@ -289,7 +292,7 @@ def _choose_mixed(
     levels = levels if rankings else [allowed[:1] for allowed in levels]
     curves = [np.zeros(1) if len(allowed) == 1 else REMOVAL * _curve(rankings[g.name])[allowed[0] - allowed]
               for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
-    layers = factorizable(model, graph)
+    layers = [layer for layer in factorizable(model, graph) if layer.name not in options.exclude]
     known = metrics_of(model, layers, images, chosen.name == "sensitivity")
     layers = [layer for layer in layers if layer.name in known]
     weights = dict(model.named_parameters(remove_duplicate=False))
@@ -313,7 +316,7 @@ def _choose_mixed(
         counts = allocation.kept[: len(graph.groups)]
         keep = keep_of(graph, {name: ranking.order for name, ranking in rankings.items()}, counts)
         model_cost = MixedModel(graph, choices(keep))
-    found = model_cost.best_chains(counts, limits)
+    found, gap = model_cost.best_chains(counts, limits)
     errors = np.zeros(graph.channels)
     for group in graph.groups:
         if group.name in rankings:
@@ -323,7 +326,7 @@ def _choose_mixed(
         for x, chain in zip(layers, found, strict=True)
         if chain is not None
     ]
-    return keep, errors, tuple(edits)
+    return keep, errors, tuple(edits), gap
 
 
 def _shape(graph: Graph, layer: Layer, keep: np.ndarray) -> tuple[int, ...]:

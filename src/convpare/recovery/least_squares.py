@@ -129,7 +129,7 @@ def compensate_(
     generator = torch.Generator().manual_seed(options.seed)
     for number, (site, twin) in enumerate(zip(sites, twins, strict=True)):
         left.advance(left.position[twin] + 1)
-        if site.name in edits and (whole := _whole(site, right, teacher, edits[site.name])) is not None:
+        if site.name in edits and (whole := _whole(site, right, teacher, edits[site.name], options)) is not None:
             right.advance(right.position[whole.node])
             dense = _slice(teacher, graph, site.name, keep)
             known = {**tensors, whole.layer.weight: dense}
@@ -196,13 +196,14 @@ def _sites(
     return found, kept
 
 
-def _whole(site: Site, run: Run, teacher: nn.Module, edit: Factorize) -> Site | None:
+def _whole(site: Site, run: Run, teacher: nn.Module, edit: Factorize, options: LeastSquares) -> Site | None:
     """The layer that a chain of two stands for, as a site at the chain's first layer, where it can be fitted as one."""
     module = teacher.get_submodule(edit.layer)
     first = next(n for n in run.nodes if _weight_name(run, n) == f"{edit.layer}.0.weight")
     padded = getattr(module, "padding_mode", "zeros") != "zeros"
     late = site.other is not None and run.position.get(site.other, -1) >= run.position[first]
-    if padded or late or "|" not in edit.form:
+    wide = math.prod(edit.shape[1:]) > options.widest
+    if padded or late or wide or "|" not in edit.form:
         return None
     layer = replace(site.layer, name=edit.layer, weight=edit.layer)
     return replace(site, layer=layer, node=first, geometry=Geometry.of_module(module))

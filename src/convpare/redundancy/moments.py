@@ -40,6 +40,17 @@ class Sampling:
 SAMPLING = Sampling()
 
 
+def that_run(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> list[Layer]:
+    """Those of `layers` that run as modules; the weight of others is read by whoever owns them."""
+    heard: set[str] = set()
+
+    def listen(layer: Layer, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(lambda *_: heard.add(layer.name))
+
+    _listening(model, layers, listen, lambda: run(model, images))
+    return [layer for layer in layers if layer.name in heard]
+
+
 def input_moments(
     model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = SAMPLING, batch_size: int = 64
 ) -> dict[str, Tensor]:
