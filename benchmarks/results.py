@@ -129,7 +129,8 @@ def speed(spec: str) -> Callable[[], dict[str, Any]]:
     def run() -> dict[str, Any]:
         import torch_pruning
 
-        from convpare.planning.planner import PlanOptions, plan
+        from convpare.planning.planner import plan
+        from convpare.planning.settings import PlanOptions
 
         torch.set_num_threads(2)
         example = torch.zeros(1, 3, 224, 224)

@@ -31,7 +31,7 @@ from convpare.blocks.digits import digits_net
 from convpare.importance import criteria
 from convpare.importance.qsfm import QSFMOptions
 from convpare.jsonable import finite
-from convpare.planning.planner import ALLOCATIONS, SCOPES
+from convpare.planning.settings import ALLOCATIONS, SCOPES
 from convpare.recovery.calibrate import METHODS
 from convpare.timing import side_by_side
 
@@ -264,7 +264,7 @@ WRONG_OPTIONS = {
     "inspect": "MODEL requires an argument",
     "inspect convpare:digits --frob": "Unknown option: --frob",
     "inspect convpare:digits extra": "extra",
-    "explain convpare:digits": "Unknown command .*: inspect, compress, evaluate, truncate, theory, demo",
+    "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, evaluate, truncate, theory, demo",
     "compress convpare:digits --data digits --macs 0.5": "--output requires an argument",
     f"{COMPRESS}": "how much shall go.*--macs or --params",
     f"{COMPRESS} --macs 0": r"macs budget is 0\.0; expected a fraction .* above 0 and at most 1",
@@ -303,6 +303,16 @@ WRONG_OPTIONS = {
     f"compress {DIGITS} --macs 0.5 --criterion l2 -o new": "recovery needs images: give --data, or --recover none",
     f"compress {DIGITS} --macs 0.5 {NO_IMAGES} --crop 8 -o new": "--crop is about images; say with --data which ones",
     f"compress {DIGITS} --macs 0.5 {NO_IMAGES} --test digits -o new": "--test is about images",
+    f"plan {DIGITS} --data digits": "how much shall go",
+    f"plan {DIGITS} --macs 0.5": "qsfm-ssim looks at feature maps: give images with --data",
+    f"plan {DIGITS} --criterion l2 --threshold 0.1 --sweep": "--sweep goes from the dense network to a budget",
+    f"plan {DIGITS} --criterion l2 --macs 0.5 --sweep -o p.json": "--sweep makes many plans; give it without --output",
+    f"plan {DIGITS} --criterion l2 --macs 0.5 --plot p.html": "--plot draws the trade-off; give it with --sweep",
+    f"apply {DIGITS}": "PLAN requires an argument",
+    f"apply {DIGITS} plan.json": "--output requires an argument",
+    f"apply {DIGITS} plan.json -o new": "recovery needs images: give --data, or --recover none",
+    f"apply {DIGITS} plan.json --recover none -o new": "no plan at plan.json",
+    f"apply {DIGITS} file --recover none -o new": "file is not a plan: it cannot be read as JSON",
     "evaluate convpare:digits": "evaluate needs labelled images: give --data",
     "inspect convpare:digits --num-classes 0": '"0" for --num-classes',
 }
@@ -718,6 +728,55 @@ def test_factorized_networks_are_networks_like_any(run: Run):
     found = json.loads(Path("i.json").read_text())
     assert (found["macs"], found["params"]) == (told["after"]["macs"], told["after"]["params"])
     assert {"block2.conv2.0", "block2.conv2.1"} <= {layer["name"] for layer in found["layers"]}
+
+
+def test_a_plan_is_seen_edited_and_applied(run: Run):
+    """What compress does in one go, in two steps: the same network and the same figures."""
+    how = "--criterion sensitivity --methods prune,factorize --images 64 --macs 0.5 --params 0.6 --scope all"
+    before = tree(Path())
+    result = run(f"plan {DIGITS} --data digits {how}")
+    assert result.code == 0, result.err
+    assert tree(Path()) == before
+    assert re.search(r"group .* saves MACs .* adds error", result.out)
+    assert re.search(r"MACs .* × 0\.[45]\d+ +× 0\.5 +\S+ of the error", result.out)
+    assert run(f"plan {DIGITS} --data digits {how} -o plan.json --json found.json").code == 0
+    found = json.loads(Path("found.json").read_text())
+    assert found["plan"] == json.loads(Path("plan.json").read_text())
+    assert set(found["prices"]) == {"macs", "params"}
+    assert run(f"apply {DIGITS} plan.json --data digits -o planned --json planned.json").code == 0
+    figures = json.loads(Path("planned.json").read_text())
+    assert figures["self_check"]["passed"]
+    assert [stage["name"] for stage in figures["stages"]][:2] == ["before", "surgery"]
+    assert figures["after"]["macs"] == found["plan"]["after"]["macs"]
+    saved = load_artifact("planned").plan
+    assert saved is not None
+    assert saved.to_json() == found["plan"]
+    content = found["plan"]
+    content["edits"][0]["keep"] = content["edits"][0]["keep"][1:]
+    content["edits"] = [edit for edit in content["edits"] if edit["edit"] != "factorize"]
+    Path("plan.json").write_text(json.dumps(content))
+    assert run(f"apply {DIGITS} plan.json --recover none -o edited --json edited.json").code == 0
+    assert json.loads(Path("edited.json").read_text())["stages"][1]["top1"] is None
+    for other, message in (
+        ("net.py:make", "another network than this Net: it has no group"),
+        ("convpare:resnet20", "made for DigitsNet, and does not suit this network: CifarResNet does not run"),
+    ):
+        refused = run(f"apply {other} plan.json --recover none -o other")
+        assert refused.code == 1
+        assert message in refused.err
+    assert not Path("other").exists()
+
+
+def test_the_whole_trade_off(run: Run):
+    pytest.importorskip("plotly")
+    result = run(f"plan {DIGITS} --criterion l2 --macs 0.02 --sweep --json sweep.json --plot sweep.html")
+    assert result.code == 0, result.err
+    steps = json.loads(Path("sweep.json").read_text())["steps"]
+    assert len(steps) == 10
+    reached = [step["plan"]["achieved"]["macs"] for step in steps if step["plan"]]
+    assert reached == sorted(reached, reverse=True)
+    assert len(result.out.splitlines()) > 10
+    assert "What the budget costs" in Path("sweep.html").read_text()
 
 
 def test_marked_groups_stay_unless_asked_for(run: Run):

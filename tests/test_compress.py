@@ -19,7 +19,7 @@ from convpare.evaluation import evaluate
 from convpare.graph.grouping import assemble
 from convpare.graph.rules import RULES
 from convpare.planning.cost import count
-from convpare.planning.planner import PlanOptions
+from convpare.planning.settings import PlanOptions
 from convpare.recovery import RecoverOptions, recalibrate_
 
 X = torch.zeros(1, 1, 8, 8)

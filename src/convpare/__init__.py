@@ -11,12 +11,14 @@ from convpare.evaluation import evaluate
 from convpare.graph import Graph, trace
 from convpare.planning.cost import count
 from convpare.planning.plan import Plan, load_plan
-from convpare.planning.planner import PlanOptions, plan
+from convpare.planning.planner import Planner, plan
+from convpare.planning.settings import PlanOptions
+from convpare.planning.solver import Budget
 from convpare.recovery import RecoverOptions, recover
 from convpare.zoo import load_model
 
 __all__ = [
-    "CompressOptions", "Compression", "ConvpareError", "Graph", "Plan", "PlanOptions", "RecoverOptions", "apply",
-    "compress", "count", "evaluate", "load", "load_artifact", "load_data", "load_model", "load_plan", "plan", "recover",
-    "save", "trace",
+    "Budget", "CompressOptions", "Compression", "ConvpareError", "Graph", "Plan", "PlanOptions", "Planner",
+    "RecoverOptions", "apply", "compress", "count", "evaluate", "load", "load_artifact", "load_data", "load_model",
+    "load_plan", "plan", "recover", "save", "trace",
 ]  # fmt: skip

@@ -20,7 +20,8 @@ from convpare.graph.surgery import removed
 from convpare.graph.trace import trace
 from convpare.planning.options import metrics_of, restricted
 from convpare.planning.plan import Plan
-from convpare.planning.planner import PlanOptions, calibration_images
+from convpare.planning.planner import calibration_images
+from convpare.planning.settings import PlanOptions
 
 
 class FailedCheck(ConvpareError):  # noqa: N818 - what failed is the check
@@ -74,13 +75,19 @@ def carry_out(
     plan: Plan,
     data: Data | ImageSet | Tensor | None = None,
     *,
+    metrics: Mapping[str, Metric] | None = None,
     form: Form | None = None,
     graph: Graph | None = None,
     check: bool = True,
 ) -> tuple[nn.Module, SelfCheck | None]:
-    """As `apply`, with the self-check's result."""
+    """As `apply`, with the self-check's result.
+
+    Args:
+        metrics: in place of data, what errors of whole layers cost, if it is known; see `metrics_of`.
+    """
     model = merged_for(model, plan)
     graph = graph_for(model, plan) if graph is None else graph
+    plan = plan.made_true(graph)
     keep = plan.keep(graph)
     if form not in (None, plan.form):
         if form != "graph":
@@ -91,7 +98,10 @@ def carry_out(
         raise FailedCheck(result, tuple(group.name for group in culprits(model, graph, keep)))
     small = removed(model, graph, keep)
     if plan.factorizations:
-        small, result = _factorized(small, graph, plan, result, _metrics(model, graph, keep, plan, data))
+        known = _metrics(model, graph, plan, data) if metrics is None else metrics
+        layers = (graph.layer(edit.layer) for edit in plan.factorizations)
+        left = {x.name: restricted(known[x.name], graph, x, keep) for x in layers if x.name in known}
+        small, result = _factorized(small, graph, plan, result, left)
     _notes(small)["_convpare_plan"] = plan
     return small, result
 
@@ -114,17 +124,14 @@ def _factorized(
     return chained, result
 
 
-def _metrics(
-    model: nn.Module, graph: Graph, keep: np.ndarray, plan: Plan, data: Data | ImageSet | Tensor | None
-) -> dict[str, Metric]:
-    """What errors of the factorized layers cost, by the measure that the plan was made with."""
+def _metrics(model: nn.Module, graph: Graph, plan: Plan, data: Data | ImageSet | Tensor | None) -> dict[str, Metric]:
+    """What errors of the layers to factorize cost, by the measure that the plan was made with."""
     images = None if data is None else calibration_images(data, *(_number(plan, key) for key in ("images", "seed")))
     if images is None:
         return {}
     layers = [graph.layer(edit.layer) for edit in plan.factorizations]
     layers = [layer for layer in layers if layer.groups == 1]
-    known = metrics_of(model, layers, images, plan.criterion == "sensitivity")
-    return {x.name: restricted(known[x.name], graph, x, keep) for x in layers if x.name in known}
+    return metrics_of(model, layers, images, plan.criterion == "sensitivity")
 
 
 def _number(plan: Plan, name: str) -> int:
@@ -149,7 +156,11 @@ def _as_graph(module: Graph, keep: np.ndarray, graph: Graph) -> tuple[Graph, np.
 
 def graph_for(merged: nn.Module, plan: Plan) -> Graph:
     """The trace of a model with the plan's merges done, on the inputs and in the form that the plan was made for."""
-    return trace(merged, example_inputs(merged, plan), form=plan.form)
+    inputs = example_inputs(merged, plan)
+    try:
+        return trace(merged, inputs, form=plan.form)
+    except ConvpareError as error:
+        raise ConvpareError(f"the plan was made for {plan.model}, and does not suit this network: {error}") from error
 
 
 def merged_for(model: nn.Module, plan: Plan) -> nn.Module:

@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convpare.apply import FailedCheck, carry_out
+from convpare.apply import FailedCheck, carry_out, plan_of
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError, Infeasible
 from convpare.evaluation import Evaluation, evaluate
 from convpare.graph.capture import Inputs
 from convpare.graph.check import SelfCheck
-from convpare.graph.merging import merge_all
-from convpare.graph.structure import Form, Graph
-from convpare.graph.trace import trace
+from convpare.graph.structure import Form
 from convpare.jsonable import finite
 from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan
-from convpare.planning.planner import PlanOptions, plan
+from convpare.planning.planner import Planner
+from convpare.planning.settings import PlanOptions
+from convpare.planning.solver import Budget
 from convpare.recovery import Recovered, RecoverOptions, recover_with
 
 Progress = Callable[[str, int, int], None]
@@ -120,40 +120,60 @@ def compress(
     Raises:
         ConvpareError: as `plan`, `apply` and `recover`, or recovery is wanted without images; nothing has been changed.
     """
-    recovery = options.recover if options.recover is not None and options.recover.method != "none" else None
-    if recovery is not None and data is None:
-        raise ConvpareError("recovery needs images: give data, or CompressOptions(recover=None)")
+    recovery = _wanted(options, data)
+    budget = options.plan.budget(macs, params)
     tell = on_progress or (lambda *_: None)
     started = time.perf_counter()
     tell("tracing", 0, 1)
-    whole = merge_all(model, example_inputs)[0] if options.plan.merge else model
-    graph = trace(whole, example_inputs, form=options.form)
+    planner = Planner(model, example_inputs, data, criterion=criterion, options=options.plan, form=options.form)
     traced = time.perf_counter() - started
-
-    def make(chosen: PlanOptions) -> Plan:
-        tell("planning", 0, 1)
-        return plan(
-            model, example_inputs, data, macs=macs, params=params, criterion=criterion, options=chosen, graph=graph
-        )
-
     tries: list[_Try] = []
     for methods in _candidates(options.plan.methods, recovery is not None):
         try:
-            found = _carried_out(model, data, graph, replace(options.plan, methods=methods), make, tell)
+            found = _carried_out(model, planner, budget, methods, tell)
         except Infeasible:
             if methods == options.plan.methods:
                 raise
             continue
         tries.append(_recovered(found, model, data, recovery, tell))
-    best = min(tries, key=lambda t: t.error)
-    tester = _Tester(data, options, tell)
-    stages = [tester.stage("before", model, 0.0), tester.stage("surgery", best.surgery, traced + best.seconds[0])]
-    if best.recovered is not None:
-        stages.append(tester.stage(best.recovered.method, best.recovered.model, best.seconds[1]))
     errors = {" and ".join(t.methods): t.error for t in tries} if len(tries) > 1 else {}
-    return Compression(
-        best.model, best.plan, best.check, tuple(stages), best.recovered, best.excluded, tester.images, errors
-    )
+    return _measured(model, min(tries, key=lambda t: t.error), traced, data, options.test_limit, errors, tell)
+
+
+def carry_through(
+    model: nn.Module,
+    plan: Plan,
+    data: Data | ImageSet | Tensor | None = None,
+    *,
+    options: CompressOptions = CompressOptions(),
+    on_progress: Progress | None = None,
+) -> Compression:
+    """As `compress`, by a plan that is there. The given model is untouched.
+
+    Args:
+        options: of recovery and of the test images; the plan has its own form.
+
+    Raises:
+        FailedCheck: the smaller network is not the same function; nothing has been changed.
+        ConvpareError: the plan was made for another network, or recovery is wanted without images.
+    """
+    recovery = _wanted(options, data)
+    tell = on_progress or (lambda *_: None)
+    started = time.perf_counter()
+    tell("surgery and self-check", 0, 1)
+    small, check = carry_out(model, plan, data)
+    assert check is not None
+    made = plan_of(small) or plan
+    found = _Try((), made, small, check, (), (time.perf_counter() - started, 0.0))
+    return _measured(model, _recovered(found, model, data, recovery, tell), 0.0, data, options.test_limit, {}, tell)
+
+
+def _wanted(options: CompressOptions, data: Data | ImageSet | Tensor | None) -> RecoverOptions | None:
+    """The options of recovery, if there is to be any."""
+    recovery = options.recover if options.recover is not None and options.recover.method != "none" else None
+    if recovery is not None and data is None:
+        raise ConvpareError("recovery needs images: give data, or CompressOptions(recover=None)")
+    return recovery
 
 
 def _candidates(methods: tuple[str, ...], measured: bool) -> list[tuple[str, ...]]:
@@ -183,25 +203,24 @@ class _Try:
         return 0.0 if self.recovered is None else self.recovered.errors[self.recovered.method]
 
 
-def _carried_out(
-    model: nn.Module, data: Data | ImageSet | Tensor | None, graph: Graph, options: PlanOptions,
-    make: Callable[[PlanOptions], Plan], tell: Progress,
-) -> _Try:  # fmt: skip
+def _carried_out(model: nn.Module, planner: Planner, budget: Budget, methods: tuple[str, ...], tell: Progress) -> _Try:
     """Plan, remove and check; what fails the check is left whole, and the plan made anew."""
     started = time.perf_counter()
     excluded: tuple[str, ...] = ()
     while True:
-        made = make(replace(options, exclude=(*options.exclude, *excluded)))
+        tell("planning", 0, 1)
+        made = planner.plan(budget, methods=methods, exclude=excluded)
         tell("surgery and self-check", 0, 1)
         try:
-            small, check = carry_out(model, made, data, graph=graph)
+            metrics = planner.statistics.metrics if made.factorizations else None
+            small, check = carry_out(model, made, metrics=metrics, graph=planner.graph)
             break
         except FailedCheck as failed:
             if not failed.groups:
                 raise
             excluded = (*excluded, *failed.groups)
     assert check is not None
-    return _Try(options.methods, made, small, check, excluded, (time.perf_counter() - started, 0.0))
+    return _Try(methods, made, small, check, excluded, (time.perf_counter() - started, 0.0))
 
 
 def _recovered(
@@ -216,13 +235,27 @@ def _recovered(
     return replace(found, recovered=done, seconds=(found.seconds[0], time.perf_counter() - started))
 
 
+def _measured(
+    model: nn.Module, best: _Try, traced: float, data: Data | ImageSet | Tensor | None, limit: int | None,
+    errors: Mapping[str, float], tell: Progress,
+) -> Compression:  # fmt: skip
+    """The result, with the accuracies of its stages."""
+    tester = _Tester(data, limit, tell)
+    stages = [tester.stage("before", model, 0.0), tester.stage("surgery", best.surgery, traced + best.seconds[0])]
+    if best.recovered is not None:
+        stages.append(tester.stage(best.recovered.method, best.recovered.model, best.seconds[1]))
+    return Compression(
+        best.model, best.plan, best.check, tuple(stages), best.recovered, best.excluded, tester.images, errors
+    )
+
+
 class _Tester:
     """Shows the labelled test images, if there are any, to the network after each step."""
 
-    def __init__(self, data: object, options: CompressOptions, tell: Progress) -> None:
+    def __init__(self, data: object, limit: int | None, tell: Progress) -> None:
         labelled = isinstance(data, Data) and data.test is not None and data.test.labelled
         self.test = data.test if isinstance(data, Data) and labelled else None
-        self.limit, self.tell = options.test_limit, tell
+        self.limit, self.tell = limit, tell
         self.images = 0
 
     def stage(self, name: str, model: nn.Module, seconds: float) -> Stage:

@@ -7,7 +7,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,9 @@ from torch import Tensor
 from convpare.compress import Compression
 from convpare.inspection import SIMILAR, Inspection
 from convpare.measurement import Measured
+from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan
+from convpare.prospect import Prospect, TradeOff
 from convpare.redundancy.activations import GroupActivations
 from convpare.redundancy.kernels import KernelRedundancy
 from convpare.truncate import ALL, Truncation
@@ -30,6 +32,7 @@ from convpare.truncate import ALL, Truncation
 _WIDTH = 120  # of tables in files and pipes, unless COLUMNS says otherwise
 _NARROW = 80
 _NARROWEST = 60  # below, numbers would be cut off; lines that break are better
+_SAVES = ("saves MACs", "parameters")
 _LEFT = frozenset({"after it", "kind", "weight", "made by", "read by", "because of", "removed"})
 _NAMES = frozenset(
     {"layer", "block", "group", "channels that stay", "marked groups", "made by", "read by", "because of", "after it"}
@@ -198,13 +201,7 @@ def show_truncation(found: Truncation) -> None:
 def show_compression(done: Compression, figures: Measured, output: Path, note: str | None) -> None:
     """The plan, the stages, and before beside after. `note`: how the images were split, if there were any."""
     plan = done.plan
-    scope = f", scope {plan.options['scope']}" if "scope" in plan.options else ""
-    form = "" if plan.form == "module" else f", {plan.form} form"
-    show(f"plan for {plan.model} on {_shapes(plan.inputs)}, criterion {plan.criterion}{scope}{form}\n")
-    if plan.edits:
-        _show_table(_removals(plan))
-    if plan.factorizations:
-        _show_table(_factorizations(plan))
+    _show_plan(plan, ())
     _show_table(_stages(done))
     _show_table(_before_and_after(done, figures.content))
     on = figures.content["measured_on"]
@@ -226,6 +223,56 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
     if not plan.edits and not plan.factorizations:
         warn("nothing was removed: all channels are within the budget or beyond the threshold")
     show(f"saved to {output}")
+
+
+def show_prospect(found: Prospect) -> None:
+    """The plan, what each edit saves and adds, and what the budgets cost."""
+    plan = found.plan
+    _show_plan(plan, found.savings)
+    table = _table("", "before", "after", "change", "budget", "one % more takes back")
+    for key, name in (("macs", "MACs"), ("params", "parameters")):
+        old, new = getattr(plan.before, key), getattr(plan.after, key)
+        budget = f"× {plan.requested[key]:g}" if key in plan.requested else ""
+        price = f"{found.prices[key]:.2g} of the error" if key in found.prices else ""
+        table.add_row(name, f"{old:,}", f"{new:,}", _ratio(new, old), budget, price)
+    _show_table(table)
+    if not plan.edits and not plan.factorizations:
+        show("nothing would change: all channels are within the budget or beyond the threshold")
+        return
+    show(f"saves: what an edit alone saves beside all others, in % of the whole; predicted error: {plan.error:.3g}")
+    if (gap := plan.options.get("gap", 0.0)) > 1e-3:
+        show(f"the chains are within {100 * gap:.1f} % of the best choice, by the solver's bound")
+
+
+def show_trade_off(found: TradeOff) -> None:
+    """A row for each budget on the way."""
+    asked = list(found.steps[0][0].fractions)
+    table = _table(*(f"{m} asked" for m in asked), "MACs", "parameters", "error", "channels gone", "chains", "scope")
+    for budget, plan, _ in found.steps:
+        row = [f"× {fraction:.3f}" for fraction in budget.fractions.values()]
+        if plan is None:
+            table.add_row(*row, *["-"] * 6)
+            continue
+        gone = sum(edit.removed for edit in plan.edits)
+        shares = [f"× {plan.achieved[metric]:.4f}" for metric in ("macs", "params")]
+        chains = f"{len(plan.factorizations):,}"
+        table.add_row(*row, *shares, f"{plan.error:.3g}", f"{gone:,}", chains, plan.options["scope"])
+    _show_table(table)
+    for reason in dict.fromkeys(reason for _, _, reason in found.steps if reason):
+        show(reason)
+    show(f"predicted errors of {found.model}, criterion {found.criterion}")
+
+
+def _show_plan(plan: Plan, savings: Sequence[Cost]) -> None:
+    scope = f", scope {plan.options['scope']}" if "scope" in plan.options else ""
+    form = "" if plan.form == "module" else f", {plan.form} form"
+    show(f"plan for {plan.model} on {_shapes(plan.inputs)}, criterion {plan.criterion}{scope}{form}\n")
+    shares = [[f"{100 * x / max(whole, 1):.2f} %" for x, whole in zip(cost, plan.before, strict=True)][:2]
+              for cost in savings] or [[] for _ in (*plan.edits, *plan.factorizations)]  # fmt: skip
+    if plan.edits:
+        _show_table(_removals(plan, shares[: len(plan.edits)]))
+    if plan.factorizations:
+        _show_table(_factorizations(plan, shares[len(plan.edits) :]))
 
 
 def _layers(found: Inspection) -> Table:
@@ -316,23 +363,27 @@ def _elsewhere(found: Inspection) -> str:
     return "" if found.graph_form is None else f", {100 * found.graph_form:.1f} % in the graph form (--form graph)"
 
 
-def _removals(plan: Plan) -> Table:
-    table = _table("group", "channels", "kept", "removed")
-    for edit in plan.edits:
+def _removals(plan: Plan, shares: Sequence[Sequence[str]]) -> Table:
+    table = _table("group", "channels", "kept", "removed", *(_SAVES if shares[0] else ()), "adds error")
+    for edit, saved in zip(plan.edits, shares, strict=True):
         share = edit.removed / edit.channels
         filled = round(10 * share)
         bar = "█" * filled + "░" * (10 - filled)
-        table.add_row(escape(edit.group), f"{edit.channels:,}", f"{len(edit.keep):,}", f"{bar} {100 * share:5.1f} %")
+        row = [escape(edit.group), f"{edit.channels:,}", f"{len(edit.keep):,}", f"{bar} {100 * share:5.1f} %"]
+        table.add_row(*row, *saved, _error(edit.error))
     return table
 
 
-def _factorizations(plan: Plan) -> Table:
-    table = _table("layer", "weight", "becomes", "rank", "adds error")
-    for edit in plan.factorizations:
-        error = "-" if edit.error is None else f"{edit.error:.2g}"
-        ranks = ", ".join(map(str, edit.ranks))
-        table.add_row(escape(edit.layer), _shapes((edit.shape,)), escape(edit.form), ranks, error)
+def _factorizations(plan: Plan, shares: Sequence[Sequence[str]]) -> Table:
+    table = _table("layer", "weight", "becomes", "rank", *(_SAVES if shares[0] else ()), "adds error")
+    for edit, saved in zip(plan.factorizations, shares, strict=True):
+        row = [escape(edit.layer), _shapes((edit.shape,)), escape(edit.form), ", ".join(map(str, edit.ranks))]
+        table.add_row(*row, *saved, _error(edit.error))
     return table
+
+
+def _error(error: float | None) -> str:
+    return "-" if error is None else f"{error:.2g}"
 
 
 def _stages(done: Compression) -> Table:

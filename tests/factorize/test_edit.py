@@ -195,8 +195,8 @@ def test_errors():
     (edit,) = made.factorizations
     for wrong, message in (
         (replace(edit, shape=(5, 7)), r"with a weight of \(5, 7\), in this network it is \(5, 6\)"),
-        (replace(edit, layer="tail"), "'tail' is no module of Net"),
-        (replace(edit, layer="norm"), "BatchNorm2d cannot be factorized"),
+        (replace(edit, layer="tail"), "has no convolution or linear layer 'tail'"),
+        (replace(edit, layer="norm"), "has no convolution or linear layer 'norm'"),
         (replace(edit, ranks=(9,)), "full ranks of this kernel are"),
         (replace(edit, form="o|ihw"), "is no cut of a kernel with the indices oi"),
     ):

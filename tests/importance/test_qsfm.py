@@ -12,7 +12,8 @@ from convpare.apply import apply
 from convpare.errors import ConvpareError
 from convpare.graph import trace
 from convpare.importance import Context, Ranking, get_criterion
-from convpare.planning.planner import PlanOptions, plan
+from convpare.planning.planner import plan
+from convpare.planning.settings import PlanOptions
 from convpare.redundancy.similarity import SimilarityOptions, removal_order, similarity_matrix
 
 MEASURES = ("ssim", "psnr")

@@ -19,7 +19,8 @@ from convpare.errors import ConvpareError
 from convpare.graph import Graph, trace
 from convpare.planning.cost import out_channels, total_cost
 from convpare.planning.plan import Plan
-from convpare.planning.planner import PlanOptions, plan
+from convpare.planning.planner import plan
+from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import (
     Allocation,
     Budget,

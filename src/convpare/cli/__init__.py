@@ -22,6 +22,7 @@ from convpare.artifact import load_artifact, save
 from convpare.blocks.digits import train_digits
 from convpare.cli.arguments import (
     IMAGES,
+    RECOVERY,
     BudgetArguments,
     Count,
     CountOrNone,
@@ -32,6 +33,8 @@ from convpare.cli.arguments import (
     MethodArguments,
     ModelArguments,
     ModelName,
+    PlanName,
+    PlanResultArguments,
     PlotFile,
     QSFMArguments,
     RecoveryArguments,
@@ -43,16 +46,19 @@ from convpare.cli.arguments import (
 )
 from convpare.cli.files import check_gallery, check_json, check_output, check_plot, write_json
 from convpare.cli.models import Opened, example_of, open_data, open_model
-from convpare.compress import Compression, CompressOptions, compress
+from convpare.compress import Compression, CompressOptions, carry_through, compress
 from convpare.data import Data, load_data
 from convpare.errors import ConvpareError
 from convpare.evaluation import evaluate
 from convpare.importance import get_criterion
 from convpare.inspection import inspect, write_gallery
 from convpare.measurement import Measured, measured
-from convpare.planning.planner import calibration_images, check_methods
+from convpare.planning.plan import load_plan
+from convpare.planning.planner import Planner, calibration_images
+from convpare.planning.settings import check_methods
+from convpare.prospect import prospect, trade_off
 from convpare.redundancy.kernels import ENERGY
-from convpare.report import theory_figure, truncation_figure, write_figure
+from convpare.report import theory_figure, trade_off_figure, truncation_figure, write_figure
 from convpare.theory import TheoryOptions, theory
 from convpare.truncate import truncate
 
@@ -116,19 +122,19 @@ def compress_command(
     recovery: RecoveryArguments = RecoveryArguments(),
 ) -> None:
     """Plan, remove, check, recover, and save the smaller network as an artifact."""
-    for arguments in (result, budget, data):
+    for arguments in (result, data):
         arguments.check()
-    shape = which.shape
-    plan = method.options(budget.threshold, qsfm.options(method.criterion))
-    check_methods(plan, method.criterion, method.form)
-    options = CompressOptions(plan, recovery.options(method.seed), data.limit, method.form)
-    _check_needs(data, method.criterion, recovery.recover)
+    fractions, shape = budget.budget, which.shape
+    settings = method.options(budget.threshold, qsfm.options(method.criterion))
+    check_methods(settings, method.criterion, method.form)
+    options = CompressOptions(settings, recovery.options(method.seed), data.limit, method.form)
+    _check_images(data, method.criterion, recovery.recover)
     with terminal.progress() as tell:
         opened = open_model(model, which, tell)
         images = open_data(data, opened, tell, data.test)
         example = example_of(shape, opened, images)
         done = compress(
-            opened.module, example, images, macs=budget.macs, params=budget.params, criterion=method.criterion,
+            opened.module, example, images, macs=fractions.macs, params=fractions.params, criterion=method.criterion,
             options=options, on_progress=tell,
         )  # fmt: skip
         figures = _measure_and_save(opened, done, example, images, result.output, tell)
@@ -136,7 +142,79 @@ def compress_command(
     terminal.show_compression(done, figures, result.output, images.note if images else None)
 
 
-@app.command(name="evaluate", sort_key=3)
+@app.command(name="plan", sort_key=3)
+def plan_command(
+    model: ModelName,
+    /,
+    *,
+    budget: BudgetArguments = BudgetArguments(),
+    which: TracedModelArguments = TracedModelArguments(),
+    data: DataArguments = DataArguments(),
+    method: MethodArguments = MethodArguments(),
+    qsfm: QSFMArguments = QSFMArguments(),
+    result: PlanResultArguments = PlanResultArguments(),
+) -> None:
+    """What would go, what it would save and what error it would add, before anything is changed."""
+    for arguments in (result, data):
+        arguments.check()
+    fractions, shape = budget.budget, which.shape
+    if result.sweep and not fractions.fractions:
+        raise ConvpareError("--sweep goes from the dense network to a budget: give --macs or --params, no --threshold")
+    settings = method.options(budget.threshold, qsfm.options(method.criterion))
+    check_methods(settings, method.criterion, method.form)
+    _check_images(data, method.criterion)
+    with terminal.progress() as tell:
+        opened = open_model(model, which, tell)
+        images = open_data(data, opened, tell)
+        tell("tracing", 0, 1)
+        planner = Planner(
+            opened.module, example_of(shape, opened, images), images, criterion=method.criterion, options=settings,
+            form=method.form,
+        )  # fmt: skip
+        if result.sweep:
+            curve = trade_off(planner, fractions, on_progress=tell)
+        else:
+            made = prospect(planner, fractions, tell)
+    if result.sweep:
+        write_json(result.json_file, curve.to_json())
+        if result.plot is not None:
+            write_figure(trade_off_figure(curve), result.plot)
+        terminal.show_trade_off(curve)
+    else:
+        write_json(result.json_file, made.to_json())
+        write_json(result.output, made.plan.to_json())
+        terminal.show_prospect(made)
+
+
+@app.command(name="apply", sort_key=4)
+def apply_command(
+    model: ModelName,
+    plan: PlanName,
+    /,
+    *,
+    result: ResultArguments,
+    which: ModelArguments = ModelArguments(),
+    data: TestedDataArguments = TestedDataArguments(),
+    recovery: RecoveryArguments = RecoveryArguments(),
+    seed: Annotated[int, Parameter(group=RECOVERY, validator=Number(gte=0, lt=2**63), help="of the images")] = 0,
+) -> None:
+    """Carry out a plan on the MODEL that it was made for: remove, check, recover, and save as an artifact."""
+    for arguments in (result, data):
+        arguments.check()
+    options = CompressOptions(recover=recovery.options(seed), test_limit=data.limit)
+    _check_images(data, None, recovery.recover)
+    wanted = load_plan(plan)
+    with terminal.progress() as tell:
+        opened = open_model(model, which, tell)
+        images = open_data(data, opened, tell, data.test)
+        done = carry_through(opened.module, wanted, images, options=options, on_progress=tell)
+        example = example_of(wanted.inputs[0], opened, None)
+        figures = _measure_and_save(opened, done, example, images, result.output, tell)
+        write_json(result.json_file, figures.to_json())
+    terminal.show_compression(done, figures, result.output, images.note if images else None)
+
+
+@app.command(name="evaluate", sort_key=5)
 def evaluate_command(
     model: ModelName,
     /,
@@ -162,7 +240,7 @@ def evaluate_command(
     terminal.show(str(found))
 
 
-@app.command(name="truncate", sort_key=4)
+@app.command(name="truncate", sort_key=6)
 def truncate_command(
     model: ModelName,
     /,
@@ -191,7 +269,7 @@ def truncate_command(
     terminal.show_truncation(found)
 
 
-@app.command(name="theory", sort_key=5)
+@app.command(name="theory", sort_key=7)
 def theory_command(
     *,
     repetitions: Annotated[int, Parameter(validator=Number(gte=2), help="data sets for every point")] = 8,
@@ -211,7 +289,7 @@ def theory_command(
     terminal.show(str(found))
 
 
-@app.command(sort_key=6)
+@app.command(sort_key=8)
 def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo/digits")) -> None:
     """The whole job in a minute: train a small network on digits, halve its MACs, recover, save, load back.
 
@@ -248,8 +326,8 @@ def _measure_and_save(
     return figures
 
 
-def _check_needs(data: DataArguments, criterion: str, recover: str) -> None:
-    if data.data is None and get_criterion(criterion).needs_images:
+def _check_images(data: DataArguments, criterion: str | None, recover: str = "none") -> None:
+    if data.data is None and criterion is not None and get_criterion(criterion).needs_images:
         raise ConvpareError(f"criterion {criterion} looks at feature maps: give images with --data, or --criterion l2")
     if data.data is None and recover != "none":
         raise ConvpareError("recovery needs images: give --data, or --recover none")

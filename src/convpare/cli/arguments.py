@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from convpare.cli.files import check_json, check_output
+from convpare.cli.files import check_json, check_output, check_plot
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Form
 from convpare.importance import criteria, get_criterion
-from convpare.planning.planner import PlanOptions
+from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
 from convpare.recovery import LeastSquares, RecoverOptions
 from convpare.recovery.training import TrainOptions
@@ -51,6 +51,7 @@ JsonFile = Annotated[
 
 
 Share = Annotated[float, Parameter(help="of a kernel's squared norm that a chain of two layers must keep to count")]
+PlanName = Annotated[Path, Parameter(help="the file of a plan, as `convpare plan -o` writes it")]
 PlotFile = Annotated[Path | None, Parameter(name="--plot", group=RESULT, help="write a figure to this .html file")]
 Gallery = Annotated[
     Path | None,
@@ -157,15 +158,17 @@ class BudgetArguments:
     params: float | None = None
     threshold: float | None = None
 
-    def check(self) -> None:
-        """Find out before long work whether these numbers make sense."""
-        wanted = Budget(self.macs, self.params).fractions
-        if self.threshold is None and not wanted:
+    @property
+    def budget(self) -> Budget:
+        """The budget. Raises ConvpareError where these numbers make no sense."""
+        wanted = Budget(self.macs, self.params)
+        if self.threshold is None and not wanted.fractions:
             raise ConvpareError("how much shall go? Give --macs or --params (0.5 for half) or both, or --threshold")
-        if self.threshold is not None and wanted:
+        if self.threshold is not None and wanted.fractions:
             raise ConvpareError("--threshold takes the place of a budget; give it without --macs and --params")
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise ConvpareError(f"--threshold is {self.threshold}; expected a finite number, 0 or more, such as 0.1")
+        return wanted
 
 
 @Parameter(name="*", group=RESULT)
@@ -185,6 +188,34 @@ class ResultArguments:
         """Find out before long work whether both can be written."""
         check_output(self.output)
         check_json(self.json_file, self.output)
+
+
+@Parameter(name="*", group=RESULT)
+@dataclass(frozen=True)
+class PlanResultArguments:
+    """Where a plan goes.
+
+    Attributes:
+        output: write the plan to this file, as JSON that can be edited and applied
+        json_file: write everything that was found to this file, as JSON
+        sweep: instead of one plan, ten on the way to the budget: the whole trade-off
+        plot: with --sweep: write a figure to this .html file
+    """
+
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None
+    sweep: Annotated[bool, Parameter(negative="", show_default=False)] = False
+    plot: Path | None = None
+
+    def check(self) -> None:
+        """Refuse what does not go together, and find out before long work whether the files can be written."""
+        if self.sweep and self.output is not None:
+            raise ConvpareError("--sweep makes many plans; give it without --output, or with --json for all of them")
+        if self.plot is not None and not self.sweep:
+            raise ConvpareError("--plot draws the trade-off; give it with --sweep")
+        check_json(self.json_file)
+        check_json(self.output, option="--output")
+        check_plot(self.plot)
 
 
 @Parameter(name="*", group=METHOD)

@@ -20,9 +20,9 @@ def check_output(output: Path) -> None:
     check_target(output)
 
 
-def check_json(path: Path | None, output: Path | None = None) -> None:
+def check_json(path: Path | None, output: Path | None = None, option: str = "--json") -> None:
     """Find out before long work whether the file can be written, and whether anything would be lost."""
-    _check_file(path, "--json", b"{", output)
+    _check_file(path, option, b"{", output)
 
 
 def check_plot(path: Path | None) -> None:

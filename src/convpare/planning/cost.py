@@ -29,6 +29,9 @@ class Cost:
     def __iter__(self) -> Iterator[int]:
         yield from (self.macs, self.params, self.activations)
 
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(*(mine - its for mine, its in zip(self, other, strict=True)))
+
     def to_json(self) -> dict[str, int]:
         return {"macs": self.macs, "params": self.params, "activations": self.activations}
 

@@ -3,7 +3,7 @@
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,16 +15,18 @@ from convpare.factorize.edit import Factorize
 from convpare.factorize.forms import get_form
 from convpare.graph.merging import Merge
 from convpare.graph.structure import FORMS, Form, Graph
-from convpare.planning.cost import Cost, planned_cost
+from convpare.planning.cost import Cost, chain_cost, layer_cost, planned_cost, total_cost
 
 SCHEMA = 1
+SHOWN = 5  # differences between two networks that a message names
 
 
 @dataclass(frozen=True)
 class RemoveChannels:
     """Keep these channels of a group and remove the others, everywhere.
 
-    `error` is what the criterion says of the removed ones: its scores summed (QSFM: their similarity).
+    `error` is what the criterion says of the removed ones: its scores summed (QSFM: their similarity), with
+    reconstruction and sensitivity on the scale of the errors of factorizations.
     """
 
     group: str
@@ -74,6 +76,12 @@ class Plan:
             "params": self.after.params / max(self.before.params, 1),
         }
 
+    @property
+    def error(self) -> float:
+        """The predicted errors of all edits, as far as they are known."""
+        errors = [*(edit.error for edit in self.edits), *(edit.error for edit in self.factorizations)]
+        return sum(error or 0.0 for error in errors)
+
     def keep(self, graph: Graph) -> np.ndarray:
         """The mask over the graph's removable channels, shape (channels,), that stay.
 
@@ -83,22 +91,79 @@ class Plan:
         """
         if graph.form != self.form:
             raise ConvpareError(f"the plan was made for the {self.form} form, this graph is of the {graph.form} form")
+        self._refuse(graph, self._other_groups(graph))
         mask = graph.keep_all()
         for edit in self.edits:
             group = graph.group(edit.group)
-            if group.channels != edit.channels:
-                raise ConvpareError(
-                    f"the plan was made for {edit.channels} channels in group {edit.group!r}, this model has "
-                    f"{group.channels}; make a plan for this model"
-                )
             mask[group.units] = False
             mask[group.start + np.asarray(edit.keep, int)] = True
         return mask
 
+    def made_true(self, graph: Graph) -> "Plan":
+        """The plan with its cost made true, as it may have been edited by hand.
+
+        Args:
+            graph: of the network that the plan was made for, with its merges done.
+
+        Raises:
+            ConvpareError: the plan was made for another network; the message says where they differ.
+        """
+        keep = self.keep(graph)
+        self._refuse(graph, [*self._other_layers(graph), *self._other_cost(graph)])
+        return replace(self, after=planned_cost(graph, keep, self.factorizations))
+
+    def savings(self, graph: Graph) -> list[Cost]:
+        """What each edit saves beside all others, `edits` first, then `factorizations`: the cost without it, less
+        that with it. They do not add up to what the plan saves: two that meet in a layer save more alone than after
+        each other.
+        """
+        keep = self.keep(graph)
+        found = []
+        for edit in self.edits:
+            whole = keep.copy()
+            whole[graph.group(edit.group).units] = True
+            found.append(planned_cost(graph, whole, self.factorizations) - self.after)
+        for chain in self.factorizations:
+            layer = graph.layer(chain.layer)
+            found.append(layer_cost(graph, layer, keep) - chain_cost(graph, layer, keep, chain.form, chain.ranks))
+        return found
+
     def without(self, groups: Sequence[str], graph: Graph) -> "Plan":
         """The plan without its edits of these groups, its cost made true."""
-        kept = replace(self, edits=tuple(e for e in self.edits if e.group not in groups))
-        return replace(kept, after=planned_cost(graph, kept.keep(graph), kept.factorizations))
+        return replace(self, edits=tuple(e for e in self.edits if e.group not in groups)).made_true(graph)
+
+    def _other_groups(self, graph: Graph) -> Iterator[str]:
+        channels = {group.name: group.channels for group in graph.groups}
+        for edit in self.edits:
+            if edit.group not in channels:
+                yield f"it has no group {edit.group!r}"
+            elif channels[edit.group] != edit.channels:
+                yield f"its group {edit.group!r} has {channels[edit.group]} channels, the plan's {edit.channels}"
+
+    def _other_layers(self, graph: Graph) -> Iterator[str]:
+        layers = {layer.name for layer in graph.layers}
+        for edit in self.factorizations:
+            if edit.layer not in layers:
+                yield f"it has no convolution or linear layer {edit.layer!r}"
+
+    def _other_cost(self, graph: Graph) -> Iterator[str]:
+        """Where nothing is merged: what the network costs before; a difference beside the edits shows there."""
+        if graph.inputs != self.inputs:
+            yield f"it was traced on {_shapes(graph.inputs)}, the plan's on {_shapes(self.inputs)}"
+        elif not self.merges:
+            cost = total_cost(graph, graph.keep_all())
+            for metric, what in (("macs", "MACs"), ("params", "parameters")):
+                if (mine := getattr(cost, metric)) != (planned := getattr(self.before, metric)):
+                    yield f"it has {mine:,} {what}, the plan's {planned:,}"
+
+    def _refuse(self, graph: Graph, differences: Iterable[str]) -> None:
+        found = list(differences)
+        if found:
+            more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            raise ConvpareError(
+                f"the plan was made for another network than this {graph.model}: {'; '.join(found[:SHOWN])}{more}. "
+                "Make a plan for this one"
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -102,6 +102,12 @@ class Budget:
     def fractions(self) -> dict[str, float]:
         given = {"macs": self.macs, "params": self.params}
         return {metric: value for metric, value in given.items() if value is not None}
+
+    def approached(self, steps: int) -> Iterator["Budget"]:
+        """Budgets from that of the dense network to this one, which comes last, in even steps."""
+        for step in range(1, steps):
+            yield Budget(**{metric: 1 - (1 - f) * step / steps for metric, f in self.fractions.items()})
+        yield self
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 from convpare.errors import ConvpareError
 from convpare.optional import import_extra
+from convpare.prospect import TradeOff
 from convpare.theory import Theory
 from convpare.truncate import ALL, Truncation
 
@@ -83,6 +84,25 @@ def theory_figure(found: Theory) -> Any:
     figure.update_xaxes(title_text="√(d_M/n)", rangemode="tozero")
     figure.update_yaxes(title_text="‖Ŵ − W*‖", rangemode="tozero")
     figure.update_layout(title="Estimation error against sample complexity, with lines through the straight part")
+    return figure
+
+
+def trade_off_figure(found: TradeOff) -> Any:
+    """Predicted error against what is left of the MACs and parameters, a point for each plan.
+
+    Raises:
+        ConvpareError: plotly is missing.
+    """
+    figure = _panels([f"{found.model}, criterion {found.criterion}"], 1)
+    for (metric, name), colour in zip((("macs", "MACs"), ("params", "parameters")), _SHADES, strict=False):
+        figure.add_scatter(
+            x=[100.0, *(100 * plan.achieved[metric] for plan in found.plans)],
+            y=[0.0, *(plan.error for plan in found.plans)], name=name, mode="lines+markers", line={"color": colour},
+            hovertemplate=f"{name} %{{x:.1f}} %<br>predicted error %{{y:.3g}}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title_text="left, %", rangemode="tozero")
+    figure.update_yaxes(title_text="predicted error", rangemode="tozero")
+    figure.update_layout(title="What the budget costs", height=520)
     return figure
 
 
