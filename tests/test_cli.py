@@ -264,7 +264,7 @@ WRONG_OPTIONS = {
     "inspect": "MODEL requires an argument",
     "inspect convpare:digits --frob": "Unknown option: --frob",
     "inspect convpare:digits extra": "extra",
-    "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, evaluate, truncate, theory, demo",
+    "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, evaluate, bench, truncate, theory",
     "compress convpare:digits --data digits --macs 0.5": "--output requires an argument",
     f"{COMPRESS}": "how much shall go.*--macs or --params",
     f"{COMPRESS} --macs 0": r"macs budget is 0\.0; expected a fraction .* above 0 and at most 1",
@@ -313,6 +313,11 @@ WRONG_OPTIONS = {
     f"apply {DIGITS} plan.json -o new": "recovery needs images: give --data, or --recover none",
     f"apply {DIGITS} plan.json --recover none -o new": "no plan at plan.json",
     f"apply {DIGITS} file --recover none -o new": "file is not a plan: it cannot be read as JSON",
+    "bench": "bench times networks: give MODEL",
+    "bench convpare:digits --runtimes tensorrt": "no runtime 'tensorrt'; choose one of eager, compile, onnxruntime",
+    "bench convpare:digits --batches 0": "--batches is '0'; expected whole numbers above 0",
+    "bench convpare:digits --threads x": "--threads is 'x'; expected whole numbers above 0",
+    "bench convpare:digits --seconds -1": r"seconds is -1\.0",
     "evaluate convpare:digits": "evaluate needs labelled images: give --data",
     "inspect convpare:digits --num-classes 0": '"0" for --num-classes',
 }
@@ -765,6 +770,20 @@ def test_a_plan_is_seen_edited_and_applied(run: Run):
         assert refused.code == 1
         assert message in refused.err
     assert not Path("other").exists()
+
+
+def test_bench(run: Run, made: Path):
+    """Two of one name are told apart, and an artifact brings its own shape."""
+    line = "bench convpare:digits made made --weights digits.safetensors --batches 1,2 --seconds 0 --threads 1"
+    result = run(f"{line} --runtimes eager,onnxruntime --json bench.json")
+    assert result.code == 0, result.err
+    found = json.loads(Path("bench.json").read_text())
+    assert [entry["name"] for entry in found["networks"]] == ["convpare:digits", "made (1)", "made (2)"]
+    assert [(s["runtime"], s["batch"]) for s in found["settings"]] == [
+        ("eager", 1), ("eager", 2), ("onnxruntime", 1), ("onnxruntime", 2)
+    ]  # fmt: skip
+    assert found["networks"][1]["macs"] <= 0.5 * found["networks"][0]["macs"]
+    assert re.search(r"eager +1 +1 +convpare:digits +\S+ +\S+–\S+\n +made \(1\) .*× \S+ +÷ 2\.\d+", result.out)
 
 
 def test_the_whole_trade_off(run: Run):

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from torch import Tensor
 
+from convpare.bench import Bench
 from convpare.compress import Compression
 from convpare.inspection import SIMILAR, Inspection
 from convpare.measurement import Measured
@@ -33,9 +34,20 @@ _WIDTH = 120  # of tables in files and pipes, unless COLUMNS says otherwise
 _NARROW = 80
 _NARROWEST = 60  # below, numbers would be cut off; lines that break are better
 _SAVES = ("saves MACs", "parameters")
-_LEFT = frozenset({"after it", "kind", "weight", "made by", "read by", "because of", "removed"})
+_LEFT = frozenset({"network", "after it", "kind", "weight", "made by", "read by", "because of", "removed"})
 _NAMES = frozenset(
-    {"layer", "block", "group", "channels that stay", "marked groups", "made by", "read by", "because of", "after it"}
+    {
+        "network",
+        "layer",
+        "block",
+        "group",
+        "channels that stay",
+        "marked groups",
+        "made by",
+        "read by",
+        "because of",
+        "after it",
+    }
 )  # give way
 
 Tell = Callable[[str, int, int], None]
@@ -261,6 +273,26 @@ def show_trade_off(found: TradeOff) -> None:
     for reason in dict.fromkeys(reason for _, _, reason in found.steps if reason):
         show(reason)
     show(f"predicted errors of {found.model}, criterion {found.criterion}")
+
+
+def show_bench(found: Bench) -> None:
+    """A row for each setting and network: medians with quartiles, and speed-ups beside the ratio of the MACs."""
+    table = _table("runtime", "batch", "threads", "network", "ms", "quartiles", "speed-up", "MACs", "share")
+    for setting in found.settings:
+        for number, name in enumerate(found.names):
+            ms, speedup = setting.milliseconds[number], setting.speedups[number]
+            first = [setting.runtime, f"{setting.batch:,}", f"{setting.threads}"] if number == 0 else [""] * 3
+            ratio = found.costs[0].macs / max(found.costs[number].macs, 1)
+            compared = [f"× {speedup.median:.2f}", f"÷ {ratio:.2f}", f"{found.share(setting, number):.2f}"]
+            table.add_row(
+                *first, escape(name), f"{ms.median:.3f}", f"{ms.lower:.3f}–{ms.upper:.3f}",
+                *(compared if number else [""] * 3),
+            )  # fmt: skip
+    _show_table(table)
+    if len(found.names) > 1:
+        show("speed-up over the first, round by round; share: of the ratio of the MACs")
+    on = found.machine
+    show(f"{on['processor']}, torch {on['torch']}, in turn, {min(s.rounds for s in found.settings)} rounds or more")
 
 
 def _show_plan(plan: Plan, savings: Sequence[Cost]) -> None:

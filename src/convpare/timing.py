@@ -1,42 +1,73 @@
-"""Latency of two networks, measured side by side."""
+"""How long things take, measured side by side."""
 
+import contextlib
+import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from convpare.modes import eval_mode
 
+WARM_UP, LEAST = 2, 5  # rounds
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with the quartiles around it."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        lower, median, upper = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+        return Spread(median, lower, upper)
+
+    def to_json(self) -> dict[str, float]:
+        return {"median": self.median, "lower_quartile": self.lower, "upper_quartile": self.upper}
+
+
+def in_turn(work: Sequence[Callable[[], object]], seconds: float, device: torch.device | None = None) -> np.ndarray:
+    """Milliseconds (rounds, things) of calls in turn (A B A B …) for about `seconds` in all, after two rounds that warm
+    up; five rounds at least.
+
+    Args:
+        device: whose work is waited for before the clock is read.
+    """
+    rounds: list[list[float]] = []
+    started = time.perf_counter()
+    while len(rounds) < WARM_UP + LEAST or time.perf_counter() - started < seconds:
+        rounds.append([1000 * _once(call, device) for call in work])
+    return np.array(rounds[WARM_UP:])
+
+
+def _once(call: Callable[[], object], device: torch.device | None) -> float:
+    _synchronise(device)
+    started = time.perf_counter()
+    call()
+    _synchronise(device)
+    return time.perf_counter() - started
+
+
+def _synchronise(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 def side_by_side(models: Sequence[nn.Module], inputs: Sequence[Tensor], seconds: float = 2.0) -> list[float]:
-    """Median milliseconds of one forward of each model on `inputs`, in turn (A B A B …) for about `seconds` in all.
+    """Median milliseconds of one forward of each model on `inputs`, in turn for about `seconds` in all.
 
-    Evaluation mode, no gradients, on the device of the inputs with torch's current number of threads, after two
-    rounds of warm-up.
+    Evaluation mode, no gradients, on the device of the inputs with torch's current number of threads.
     """
-    times: list[list[float]] = [[] for _ in models]
-    started = time.perf_counter()
-    rounds = 0
-    while rounds < 7 or time.perf_counter() - started < seconds:
-        for model, mine in zip(models, times, strict=True):
-            elapsed = _once(model, inputs)
-            if rounds >= 2:
-                mine.append(1000 * elapsed)
-        rounds += 1
-    return [statistics.median(mine) for mine in times]
-
-
-def _once(model: nn.Module, inputs: Sequence[Tensor]) -> float:
-    with eval_mode(model), torch.no_grad():
-        _synchronise(inputs)
-        started = time.perf_counter()
-        model(*inputs)
-        _synchronise(inputs)
-        return time.perf_counter() - started
-
-
-def _synchronise(inputs: Sequence[Tensor]) -> None:
-    if any(x.is_cuda for x in inputs):
-        torch.cuda.synchronize()
+    with contextlib.ExitStack() as modes, torch.no_grad():
+        for model in models:
+            modes.enter_context(eval_mode(model))
+        device = inputs[0].device if inputs else None
+        times = in_turn([functools.partial(model, *inputs) for model in models], seconds, device)
+    return [statistics.median(mine) for mine in times.T.tolist()]

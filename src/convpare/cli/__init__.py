@@ -19,6 +19,7 @@ from torch import Tensor
 
 from convpare import __version__, terminal
 from convpare.artifact import load_artifact, save
+from convpare.bench import bench
 from convpare.blocks.digits import train_digits
 from convpare.cli.arguments import (
     IMAGES,
@@ -41,11 +42,12 @@ from convpare.cli.arguments import (
     ResultArguments,
     Share,
     TestedDataArguments,
+    TimingArguments,
     TracedModelArguments,
     TruncationArguments,
 )
 from convpare.cli.files import check_gallery, check_json, check_output, check_plot, write_json
-from convpare.cli.models import Opened, example_of, open_data, open_model
+from convpare.cli.models import Opened, example_of, open_data, open_model, open_to_time
 from convpare.compress import Compression, CompressOptions, carry_through, compress
 from convpare.data import Data, load_data
 from convpare.errors import ConvpareError
@@ -240,7 +242,34 @@ def evaluate_command(
     terminal.show(str(found))
 
 
-@app.command(name="truncate", sort_key=6)
+@app.command(name="bench", sort_key=6)
+def bench_command(
+    *models: ModelName,
+    which: TracedModelArguments = TracedModelArguments(),
+    timing: TimingArguments = TimingArguments(),
+    json_file: JsonFile = None,
+) -> None:
+    """Time networks in turn: the first beside the others, as MODEL and what became of it."""
+    check_json(json_file)
+    if not models:
+        raise ConvpareError("bench times networks: give MODEL, and what it is compared with")
+    options, shape = timing.options(), which.shape
+    with terminal.progress() as tell:
+        opened = [open_to_time(model, which, tell) for model in models]
+        example = example_of(shape, next((o for o in opened if o.input_shape), opened[0]), None)
+        found = bench(dict(zip(_distinct(models), (o.module for o in opened), strict=True)), example, options, tell)
+    write_json(json_file, found.to_json())
+    terminal.show_bench(found)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with numbers where one comes twice."""
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)
+    ]
+
+
+@app.command(name="truncate", sort_key=7)
 def truncate_command(
     model: ModelName,
     /,
@@ -269,7 +298,7 @@ def truncate_command(
     terminal.show_truncation(found)
 
 
-@app.command(name="theory", sort_key=7)
+@app.command(name="theory", sort_key=8)
 def theory_command(
     *,
     repetitions: Annotated[int, Parameter(validator=Number(gte=2), help="data sets for every point")] = 8,
@@ -289,7 +318,7 @@ def theory_command(
     terminal.show(str(found))
 
 
-@app.command(sort_key=8)
+@app.command(sort_key=9)
 def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo/digits")) -> None:
     """The whole job in a minute: train a small network on digits, halve its MACs, recover, save, load back.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
+from convpare.bench import BenchOptions
 from convpare.cli.files import check_json, check_output, check_plot
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Form
@@ -26,6 +27,7 @@ METHOD = Group("Which channels go", sort_key=5)
 QSFM = Group("Which channels go, criteria qsfm-ssim and qsfm-psnr", sort_key=6)
 RECOVERY = Group("Recovery", sort_key=7)
 TRUNCATION = Group("Truncation", sort_key=8)
+TIMING = Group("Timing", sort_key=9)
 
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
 CountOrNone = Annotated[int | None, Parameter(validator=Number(gte=1))]
@@ -365,6 +367,37 @@ class TruncationArguments:
             retrain_images=self.retrain_images,
             training=TrainOptions(epochs=self.epochs, lr=self.lr, schedule="cosine", seed=self.seed),
         )
+
+
+@Parameter(name="*", group=TIMING)
+@dataclass(frozen=True)
+class TimingArguments:
+    """What is measured.
+
+    Attributes:
+        runtimes: eager, compile (torch.compile) and onnxruntime, with commas between
+        batches: numbers of images in a batch, with commas between
+        threads: numbers of threads, with commas between; default: what torch takes
+        seconds: for each setting, all networks together
+    """
+
+    runtimes: str = "eager"
+    batches: str = "1"
+    threads: str | None = None
+    seconds: float = 5.0
+
+    def options(self) -> BenchOptions:
+        return BenchOptions(
+            _names(self.runtimes) or (), _counts(self.batches, "--batches"),
+            None if self.threads is None else _counts(self.threads, "--threads"), self.seconds,
+        )  # fmt: skip
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    parts = _names(text) or ()
+    if not parts or not all(part.isdecimal() and part.isascii() and 0 < int(part) < 2**31 for part in parts):
+        raise ConvpareError(f"{option} is {text!r}; expected whole numbers above 0 with commas between, such as 1,64")
+    return tuple(int(part) for part in parts)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,13 +33,25 @@ class Opened:
 def open_model(model: str, which: ModelArguments, tell: terminal.Tell) -> Opened:
     """A model by spec, or an artifact by folder."""
     tell("opening the model", 0, 1)
-    if not model:
-        raise ConvpareError("MODEL is empty; give a model such as torchvision:resnet18, or the folder of an artifact")
-    opened = _open_artifact(model, which) if Path(model).is_dir() or is_artifact(model) else _build(model, which)
+    opened = _open_artifact(model, which) if _is_artifact(model) else _build(model, which)
     _check_weights(opened)
     if opened.random:
         terminal.warn(f"the weights of {model} are random: give trained ones with --weights")
     return opened
+
+
+def open_to_time(model: str, which: ModelArguments, tell: terminal.Tell) -> Opened:
+    """As `open_model`, one of several: each takes those arguments that are for its kind. Random weights will do."""
+    tell("opening the model", 0, 1)
+    if _is_artifact(model):
+        return _open_artifact(model, replace(which, weights=None, num_classes=None))
+    return _build(model, replace(which, model=None))
+
+
+def _is_artifact(model: str) -> bool:
+    if not model:
+        raise ConvpareError("MODEL is empty; give a model such as torchvision:resnet18, or the folder of an artifact")
+    return Path(model).is_dir() or is_artifact(model)
 
 
 def _open_artifact(folder: str, which: ModelArguments) -> Opened:

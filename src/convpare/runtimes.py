@@ -1,0 +1,123 @@
+"""What networks run in: torch as it is, torch.compile, onnxruntime."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from convpare.errors import ConvpareError
+from convpare.modes import eval_mode
+from convpare.optional import import_extra
+
+RUNTIMES = ("eager", "compile", "onnxruntime")
+TOLERANCE = 1e-2
+"""Relative to the largest output: how far a runtime's outputs may be from torch's. Float32 in another order of sums is
+a thousand times nearer; another function is not."""
+
+Run = Callable[[], list[Tensor]]
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch compute on so many cores, and as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def ready(runtime: str, model: nn.Module, inputs: Sequence[Tensor]) -> Run:
+    """`model` in a runtime: a function that runs it once on `inputs`, with torch's current number of threads.
+
+    What it gives was compared with what `model` gives. Call it in evaluation mode and without gradients.
+
+    Args:
+        runtime: one of `RUNTIMES`.
+
+    Raises:
+        ConvpareError: there is no such runtime, it is not installed, cannot take the model, or gives other outputs.
+    """
+    if runtime not in RUNTIMES:
+        raise ConvpareError(f"no runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    with eval_mode(model), torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        expected = tensors_of(model(*inputs))
+        run = {"eager": _eager, "compile": _compiled, "onnxruntime": _session}[runtime](model, tuple(inputs))
+        _compare(runtime, expected, run())
+    return run
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """All tensors that a model returns."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _eager(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
+    return lambda: tensors_of(model(*inputs))
+
+
+def _compiled(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
+    compiled = torch.compile(model, dynamic=False)
+    try:
+        compiled(*inputs)
+    except Exception as error:  # the compiler and the tools under it may raise anything
+        raise ConvpareError(f"torch.compile cannot take {type(model).__name__}: {_first_line(error)}") from error
+    return lambda: tensors_of(compiled(*inputs))
+
+
+def _session(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
+    onnxruntime: Any = import_extra("onnxruntime", "onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(onnx_of(model, inputs), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors have no common class
+        if isinstance(error, ConvpareError):
+            raise
+        raise ConvpareError(f"onnxruntime cannot load {type(model).__name__}: {_first_line(error)}") from error
+    fed = {known.name: x.detach().cpu().numpy() for known, x in zip(session.get_inputs(), inputs, strict=True)}
+    return lambda: [torch.from_numpy(x) for x in session.run(None, fed)]
+
+
+def onnx_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
+    """The model as ONNX for inputs of these shapes, in evaluation mode.
+
+    Raises:
+        ConvpareError: onnx or onnxscript is missing, or the exporter cannot take the model.
+    """
+    for module in ("onnx", "onnxscript"):
+        import_extra(module, "onnx")
+    level = logging.getLogger("torch.onnx").level
+    try:
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings(), eval_mode(model):
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
+        content: bytes = program.model_proto.SerializeToString()
+    except Exception as error:  # the exporter may raise anything
+        raise ConvpareError(f"{type(model).__name__} cannot be exported to ONNX: {_first_line(error)}") from error
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+    return content
+
+
+def _compare(runtime: str, expected: Sequence[Tensor], got: Sequence[Tensor]) -> None:
+    shapes = [[tuple(x.shape) for x in outputs] for outputs in (expected, got)]
+    if shapes[0] != shapes[1]:
+        raise ConvpareError(f"{runtime} gives outputs of {shapes[1]}, torch gives {shapes[0]}")
+    for mine, its in zip(expected, got, strict=True):
+        scale = float(mine.double().abs().max()) if mine.numel() else 0.0
+        error = float((mine.double() - its.to(mine.device).double()).abs().max()) if mine.numel() else 0.0
+        if not error <= TOLERANCE * scale:
+            raise ConvpareError(f"{runtime} gives other outputs than torch: they differ by {error:.3g} of {scale:.3g}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
