@@ -266,12 +266,17 @@ WRONG_OPTIONS = {
     "inspect convpare:digits extra": "extra",
     "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, evaluate, bench, truncate, theory",
     "compress convpare:digits --data digits --macs 0.5": "--output requires an argument",
-    f"{COMPRESS}": "how much shall go.*--macs or --params",
+    f"{COMPRESS}": "how much shall go.*--macs, --params or --latency",
     f"{COMPRESS} --macs 0": r"macs budget is 0\.0; expected a fraction .* above 0 and at most 1",
     f"{COMPRESS} --macs 1.5": r"macs budget is 1\.5",
     f"{COMPRESS} --macs -1": r"macs budget is -1\.0",
     f"{COMPRESS} --params nan": "params budget is nan",
     f"{COMPRESS} --macs abc": r'--macs: unable to convert "abc" into float',
+    f"{COMPRESS} --latency 2": r"latency budget is 2\.0; expected a fraction",
+    f"{COMPRESS} --macs 0.5 --runtime eager": "--runtime says where time is measured; give it with --latency",
+    f"{COMPRESS} --macs 0.5 --batch 4": "--batch says where time is measured",
+    f"{COMPRESS} --latency 0.5 --runtime tensorrt": '"tensorrt" for --runtime.*"onnxruntime"',
+    f"{COMPRESS} --latency 0.5 --threads 0": '"0" for --threads. Must be >= 1',
     f"{COMPRESS} --macs 0.5 --threshold 0.1": "--threshold takes the place of a budget",
     f"{COMPRESS} --threshold nan": "--threshold is nan; expected a finite number",
     f"{COMPRESS} --threshold -1": r"--threshold is -1\.0",
@@ -770,6 +775,33 @@ def test_a_plan_is_seen_edited_and_applied(run: Run):
         assert refused.code == 1
         assert message in refused.err
     assert not Path("other").exists()
+
+
+def test_a_budget_of_latency(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """On the clock of this machine, whatever it says: what is told is what was measured, or that it cannot be."""
+    monkeypatch.setenv("CONVPARE_CACHE", str(tmp_path))
+    how = "--criterion l2 --latency 0.95 --batch 16 --threads 1 --scope all"
+    seen = run(f"plan {DIGITS} {how} -o timed.json")
+    if seen.code == 0:
+        assert re.search(r"latency, ms +\S+ +\S+ +× 0\.\d+ +× 0\.95", seen.out)
+        assert "latency: predicted from the times of layers, eager, batch of 16, threads: 1" in seen.out
+        before, after = json.loads(Path("timed.json").read_text())["options"]["latency_ms"]
+        assert 0 < after <= 0.95 * before
+    else:
+        assert re.search(r"infeasible: latency 0\.95 was asked for, at best", seen.err)
+    assert len(list(tmp_path.iterdir())) == 1
+    result = run(f"compress {DIGITS} {how} --recover none -o timed --json timed.json")
+    if result.code == 0:
+        told = json.loads(Path("timed.json").read_text())["latency"]
+        assert told["ms"][1] <= 0.95 * told["ms"][0]
+        assert (told["runtime"], told["batch"], told["threads"]) == ("eager", 16, 1)
+        assert "latency under the budget of × 0.95" in result.out
+    else:
+        assert re.search(r"latency 0\.95 was asked for", result.err)
+    (tmp_path / next(tmp_path.iterdir()).name).write_text("{")
+    damaged = run(f"plan {DIGITS} {how}")
+    assert damaged.code == 1
+    assert "remove it, and it is measured anew" in damaged.err
 
 
 def test_bench(run: Run, made: Path):

@@ -75,7 +75,7 @@ def test_json():
     told = json.loads(json.dumps(done.to_json(), allow_nan=False))
     assert set(told) == {
         "model", "form", "criterion", "options", "requested", "achieved", "before", "after", "stages", "self_check",
-        "recovery", "excluded", "test_images", "tried",
+        "recovery", "excluded", "test_images", "tried", "latency",
     }  # fmt: skip
     assert told["model"] == "DigitsNet"
     assert told["criterion"] == "l2"

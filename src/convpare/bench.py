@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from convpare import __version__
 from convpare.errors import ConvpareError
 from convpare.modes import eval_mode
 from convpare.planning.cost import Cost, count
-from convpare.runtimes import RUNTIMES, ready, torch_threads
+from convpare.runtimes import RUNTIMES, processor, ready, torch_threads
 from convpare.timing import Spread, in_turn
 
 Tell = Callable[[str, int, int], None]
@@ -145,18 +144,8 @@ def bench(
 def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on."""
     return {
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "processor": processor(), "torch": torch.__version__, "convpare": __version__,
+        "device": str(device), "processor": processor(device), "torch": torch.__version__, "convpare": __version__,
     }  # fmt: skip
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _measured(models: Sequence[nn.Module], noise: Tensor, runtime: str, threads: int, seconds: float) -> Setting:

@@ -16,11 +16,14 @@ from convpare.graph.check import SelfCheck
 from convpare.graph.structure import Form
 from convpare.jsonable import finite
 from convpare.planning.cost import Cost
+from convpare.planning.latency import timed_beside
 from convpare.planning.plan import Plan
 from convpare.planning.planner import Planner
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
 from convpare.recovery import Recovered, RecoverOptions, recover_with
+
+ATTEMPTS = 5  # plans that are measured against a budget of latency
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much is done, of how much)."""
@@ -52,6 +55,7 @@ class Compression:
         test_images: how many images the accuracies are of.
         tried: where several methods were tried together and each alone, the relative output error of each, after
             recovery, on images kept aside; the best one was taken.
+        latency: milliseconds before and after on the target of the plan, where there was a budget of them.
     """
 
     model: nn.Module
@@ -62,6 +66,7 @@ class Compression:
     excluded: tuple[str, ...]
     test_images: int
     tried: Mapping[str, float] = field(default_factory=dict)
+    latency: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         first, last = self.stages[0].top1, self.stages[-1].top1
@@ -80,6 +85,7 @@ class Compression:
             "excluded": list(self.excluded),
             "tried": finite(dict(self.tried)),
             "test_images": self.test_images,
+            "latency": None if not self.latency else {**self.plan.options["target"], "ms": list(self.latency)},
         }
 
 
@@ -107,6 +113,7 @@ def compress(
     *,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
     criterion: str = "qsfm-ssim",
     options: CompressOptions = CompressOptions(),
     on_progress: Progress | None = None,
@@ -115,13 +122,14 @@ def compress(
 
     Calibration uses training images of `data` without their labels; its test images serve for the accuracies alone.
     A group whose surgery fails the self-check is left whole, and the plan is made anew without it. Several methods are
-    tried together and each alone, and what comes nearest to the original after recovery is taken.
+    tried together and each alone, and what comes nearest to the original after recovery is taken. A budget of latency
+    is met as measured: where a network is slower than predicted the plan is made anew with less.
 
     Raises:
         ConvpareError: as `plan`, `apply` and `recover`, or recovery is wanted without images; nothing has been changed.
     """
     recovery = _wanted(options, data)
-    budget = options.plan.budget(macs, params)
+    budget = options.plan.budget(macs, params, latency)
     tell = on_progress or (lambda *_: None)
     started = time.perf_counter()
     tell("tracing", 0, 1)
@@ -192,6 +200,12 @@ class _Try:
     excluded: tuple[str, ...]
     seconds: tuple[float, float]  # of planning and surgery, of recovery
     recovered: Recovered | None = None
+    latency: tuple[float, ...] = ()  # milliseconds before and after, where there is a budget of them
+
+    @property
+    def slowness(self) -> float:
+        """Measured time as a share of the original's."""
+        return self.latency[1] / self.latency[0]
 
     @property
     def model(self) -> nn.Module:
@@ -203,24 +217,46 @@ class _Try:
         return 0.0 if self.recovered is None else self.recovered.errors[self.recovered.method]
 
 
-def _carried_out(model: nn.Module, planner: Planner, budget: Budget, methods: tuple[str, ...], tell: Progress) -> _Try:
-    """Plan, remove and check; what fails the check is left whole, and the plan made anew."""
+def _carried_out(
+    model: nn.Module, planner: Planner, budget: Budget, methods: tuple[str, ...], tell: Progress
+) -> _Try:  # fmt: skip
+    """Plan, remove and check; what fails the check is left whole, what is too slow is planned with less time."""
     started = time.perf_counter()
     excluded: tuple[str, ...] = ()
+    wanted, attempts = budget, 0
     while True:
         tell("planning", 0, 1)
-        made = planner.plan(budget, methods=methods, exclude=excluded)
+        made = replace(planner.plan(wanted, methods=methods, exclude=excluded), requested=budget.fractions)
         tell("surgery and self-check", 0, 1)
         try:
             metrics = planner.statistics.metrics if made.factorizations else None
             small, check = carry_out(model, made, metrics=metrics, graph=planner.graph)
-            break
         except FailedCheck as failed:
             if not failed.groups:
                 raise
             excluded = (*excluded, *failed.groups)
-    assert check is not None
-    return _Try(methods, made, small, check, excluded, (time.perf_counter() - started, 0.0))
+            continue
+        assert check is not None
+        found = _Try(methods, made, small, check, excluded, (0.0, 0.0))
+        if budget.latency is not None:
+            tell("measuring latency", 0, 1)
+            found = replace(found, latency=tuple(timed_beside([model, small], planner.graph, planner.target)))
+            attempts += 1
+            if found.slowness > budget.latency:
+                wanted = _tighter(wanted, budget.latency, found, attempts)
+                continue
+        return replace(found, seconds=(time.perf_counter() - started, 0.0))
+
+
+def _tighter(tried: Budget, asked: float, found: _Try, attempts: int) -> Budget:
+    """The next budget of predicted latency, where a network was slower than was asked for."""
+    assert tried.latency is not None
+    if attempts == ATTEMPTS:
+        raise Infeasible(
+            f"latency {asked:g} was asked for; {attempts} plans were measured, and the last takes {found.slowness:.3f} "
+            "of the time of the network as it is; give a larger budget"
+        )
+    return replace(tried, latency=tried.latency * min(asked / found.slowness, 0.98))
 
 
 def _recovered(
@@ -245,8 +281,9 @@ def _measured(
     if best.recovered is not None:
         stages.append(tester.stage(best.recovered.method, best.recovered.model, best.seconds[1]))
     return Compression(
-        best.model, best.plan, best.check, tuple(stages), best.recovered, best.excluded, tester.images, errors
-    )
+        best.model, best.plan, best.check, tuple(stages), best.recovered, best.excluded, tester.images, errors,
+        best.latency,
+    )  # fmt: skip
 
 
 class _Tester:

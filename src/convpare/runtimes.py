@@ -1,6 +1,8 @@
 """What networks run in: torch as it is, torch.compile, onnxruntime."""
 
+import contextlib
 import logging
+import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +55,17 @@ def ready(runtime: str, model: nn.Module, inputs: Sequence[Tensor]) -> Run:
     return run
 
 
+def processor(device: torch.device) -> str:
+    """The name of what computes, as far as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def tensors_of(output: object) -> list[Tensor]:
     """All tensors that a model returns."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -72,18 +85,26 @@ def _compiled(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
 
 
 def _session(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
+    session = onnx_session(onnx_of(model, inputs), inputs, torch.get_num_threads())
+    return lambda: [torch.from_numpy(x) for x in session()]
+
+
+def onnx_session(content: bytes, inputs: Sequence[Tensor], threads: int) -> Callable[[], list[Any]]:
+    """An ONNX model, ready to run on `inputs` with so many threads of the processor.
+
+    Raises:
+        ConvpareError: onnxruntime is missing, or cannot load it.
+    """
     onnxruntime: Any = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(onnx_of(model, inputs), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own errors have no common class
-        if isinstance(error, ConvpareError):
-            raise
-        raise ConvpareError(f"onnxruntime cannot load {type(model).__name__}: {_first_line(error)}") from error
+        raise ConvpareError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
     fed = {known.name: x.detach().cpu().numpy() for known, x in zip(session.get_inputs(), inputs, strict=True)}
-    return lambda: [torch.from_numpy(x) for x in session.run(None, fed)]
+    return lambda: list(session.run(None, fed))
 
 
 def onnx_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:

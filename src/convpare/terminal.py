@@ -219,6 +219,10 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
     on = figures.content["measured_on"]
     threads = "1 thread" if on["threads"] == 1 else f"{on['threads']} threads"
     show(f"latency: the median at a batch of {on['batch']}, {threads}")
+    if done.latency:
+        old, new = done.latency
+        show(f"latency under the budget of × {plan.requested['latency']:g}: {old:.3f} → {new:.3f} ms "
+             f"({_ratio(new, old)}), measured in turn, {_target(plan)}")  # fmt: skip
     if done.stages[0].top1 is not None:
         show(f"accuracy: of {done.test_images:,} test images")
     if note is not None:
@@ -247,13 +251,26 @@ def show_prospect(found: Prospect) -> None:
         budget = f"× {plan.requested[key]:g}" if key in plan.requested else ""
         price = f"{found.prices[key]:.2g} of the error" if key in found.prices else ""
         table.add_row(name, f"{old:,}", f"{new:,}", _ratio(new, old), budget, price)
+    if (asked := plan.requested.get("latency")) is not None:
+        old, new = plan.options["latency_ms"]
+        price = f"{found.prices['latency']:.2g} of the error" if "latency" in found.prices else ""
+        table.add_row("latency, ms", f"{old:.3f}", f"{new:.3f}", _ratio(new, old), f"× {asked:g}", price)
     _show_table(table)
+    if asked is not None:
+        show(f"latency: predicted from the times of layers, {_target(plan)}")
     if not plan.edits and not plan.factorizations:
         show("nothing would change: all channels are within the budget or beyond the threshold")
         return
     show(f"saves: what an edit alone saves beside all others, in % of the whole; predicted error: {plan.error:.3g}")
     if (gap := plan.options.get("gap", 0.0)) > 1e-3:
         show(f"the chains are within {100 * gap:.1f} % of the best choice, by the solver's bound")
+
+
+def _target(plan: Plan) -> str:
+    """Where a network is to run."""
+    on = plan.options["target"]
+    threads = "" if on["threads"] is None else f", threads: {on['threads']}"
+    return f"{on['runtime']}, batch of {on['batch']}{threads}"
 
 
 def show_trade_off(found: TradeOff) -> None:

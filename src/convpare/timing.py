@@ -33,18 +33,22 @@ class Spread:
         return {"median": self.median, "lower_quartile": self.lower, "upper_quartile": self.upper}
 
 
-def in_turn(work: Sequence[Callable[[], object]], seconds: float, device: torch.device | None = None) -> np.ndarray:
-    """Milliseconds (rounds, things) of calls in turn (A B A B …) for about `seconds` in all, after two rounds that warm
-    up; five rounds at least.
+def in_turn(
+    work: Sequence[Callable[[], object]], seconds: float, device: torch.device | None = None, *, warm_up: int = WARM_UP,
+    least: int = LEAST,
+) -> np.ndarray:  # fmt: skip
+    """Milliseconds (rounds, things) of calls in turn (A B A B …) for about `seconds` in all.
 
     Args:
         device: whose work is waited for before the clock is read.
+        warm_up: rounds that do not count.
+        least: rounds at least that do.
     """
     rounds: list[list[float]] = []
     started = time.perf_counter()
-    while len(rounds) < WARM_UP + LEAST or time.perf_counter() - started < seconds:
+    while len(rounds) < warm_up + least or time.perf_counter() - started < seconds:
         rounds.append([1000 * _once(call, device) for call in work])
-    return np.array(rounds[WARM_UP:])
+    return np.array(rounds[warm_up:])
 
 
 def _once(call: Callable[[], object], device: torch.device | None) -> float:

@@ -79,12 +79,12 @@ def test_the_cost_of_any_choice():
     orders = {g.name: rng.permutation(g.channels) for g in graph.groups}
     for _ in range(12):
         counts = np.array([rng.integers(max(1, g.channels // 2), g.channels + 1) for g in graph.groups])
-        at = [int(rng.integers(0, 1 + len(c.chains))) for c in choices]
+        at = [int(rng.integers(0, len(front))) for front in cost.front]
         kept = np.array([*counts, *(levels[i] for levels, i in zip(cost.levels, at, strict=True))], float)
         keep = keep_of(graph, orders, counts)
         edits = [
-            Factorize(c.layer.name, c.chains[i - 1].form, (c.chains[i - 1].rank,), ())
-            for c, i in zip(choices, at, strict=True)
+            Factorize(c.layer.name, c.chains[front[i] - 1].form, (c.chains[front[i] - 1].rank,), ())
+            for c, front, i in zip(choices, cost.front, at, strict=True)
             if i
         ]
         expected = planned_cost(graph, keep, edits)

@@ -127,7 +127,7 @@ def compress_command(
     for arguments in (result, data):
         arguments.check()
     fractions, shape = budget.budget, which.shape
-    settings = method.options(budget.threshold, qsfm.options(method.criterion))
+    settings = method.options(budget, qsfm.options(method.criterion))
     check_methods(settings, method.criterion, method.form)
     options = CompressOptions(settings, recovery.options(method.seed), data.limit, method.form)
     _check_images(data, method.criterion, recovery.recover)
@@ -136,8 +136,8 @@ def compress_command(
         images = open_data(data, opened, tell, data.test)
         example = example_of(shape, opened, images)
         done = compress(
-            opened.module, example, images, macs=fractions.macs, params=fractions.params, criterion=method.criterion,
-            options=options, on_progress=tell,
+            opened.module, example, images, macs=fractions.macs, params=fractions.params, latency=fractions.latency,
+            criterion=method.criterion, options=options, on_progress=tell,
         )  # fmt: skip
         figures = _measure_and_save(opened, done, example, images, result.output, tell)
         write_json(result.json_file, figures.to_json())
@@ -162,7 +162,7 @@ def plan_command(
     fractions, shape = budget.budget, which.shape
     if result.sweep and not fractions.fractions:
         raise ConvpareError("--sweep goes from the dense network to a budget: give --macs or --params, no --threshold")
-    settings = method.options(budget.threshold, qsfm.options(method.criterion))
+    settings = method.options(budget, qsfm.options(method.criterion))
     check_methods(settings, method.criterion, method.form)
     _check_images(data, method.criterion)
     with terminal.progress() as tell:

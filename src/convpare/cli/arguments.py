@@ -13,6 +13,7 @@ from convpare.cli.files import check_json, check_output, check_plot
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Form
 from convpare.importance import criteria, get_criterion
+from convpare.planning.layer_times import Target
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
 from convpare.recovery import LeastSquares, RecoverOptions
@@ -153,24 +154,44 @@ class BudgetArguments:
     Attributes:
         macs: MACs that may be left, as a fraction: 0.5 for half
         params: parameters that may be left, as a fraction
+        latency: time that a batch may take, as a fraction, measured on this machine
+        runtime: with --latency: eager, compile (torch.compile) or onnxruntime
+        batch: with --latency: images in a batch
+        threads: with --latency: of the processor; default: what torch takes
         threshold: instead of a budget: remove what the criterion's error rates at or below this (qsfm-ssim: 1 - SSIM)
     """
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
+    runtime: Literal["eager", "compile", "onnxruntime"] | None = None
+    batch: CountOrNone = None
+    threads: CountOrNone = None
     threshold: float | None = None
 
     @property
     def budget(self) -> Budget:
         """The budget. Raises ConvpareError where these numbers make no sense."""
-        wanted = Budget(self.macs, self.params)
+        wanted = Budget(self.macs, self.params, self.latency)
         if self.threshold is None and not wanted.fractions:
-            raise ConvpareError("how much shall go? Give --macs or --params (0.5 for half) or both, or --threshold")
+            raise ConvpareError(
+                "how much shall go? Give --macs, --params or --latency (0.5 for half) or several, or --threshold"
+            )
         if self.threshold is not None and wanted.fractions:
-            raise ConvpareError("--threshold takes the place of a budget; give it without --macs and --params")
+            raise ConvpareError(
+                "--threshold takes the place of a budget; give it without --macs, --params and --latency"
+            )
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise ConvpareError(f"--threshold is {self.threshold}; expected a finite number, 0 or more, such as 0.1")
+        given = [name for name in ("runtime", "batch", "threads") if getattr(self, name) is not None]
+        if self.latency is None and given:
+            raise ConvpareError(f"{option(given[0])} says where time is measured; give it with --latency")
         return wanted
+
+    @property
+    def target(self) -> Target:
+        """Where the network is to run."""
+        return Target(self.runtime or "eager", self.batch or 1, self.threads)
 
 
 @Parameter(name="*", group=RESULT)
@@ -253,14 +274,14 @@ class MethodArguments:
     rounds: Count = 1
     seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))] = 0
 
-    def options(self, threshold: float | None, criterion_options: dict[str, Any]) -> PlanOptions:
+    def options(self, budget: BudgetArguments, criterion_options: dict[str, Any]) -> PlanOptions:
         get_criterion(self.criterion)
         exclude = tuple(name.strip() for text in self.exclude for name in text.split(",") if name.strip())
         return PlanOptions(
             methods=tuple(name.strip() for name in self.methods.split(",") if name.strip()),
             scope=self.scope, allocation=self.allocation, round_to=self.round_to, exclude=exclude,
-            inexact=self.inexact, merge=self.merge, images=self.images, rounds=self.rounds, threshold=threshold,
-            seed=self.seed, criterion_options=criterion_options,
+            inexact=self.inexact, merge=self.merge, images=self.images, rounds=self.rounds, threshold=budget.threshold,
+            seed=self.seed, target=budget.target, criterion_options=criterion_options,
         )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ class Layout:
     def outputs(self, extents: Iterable[Extent]) -> int:
         """Output elements of all links for these calls of the layer, batch included."""
         return sum(
-            extent.batch * math.prod(shape[:2]) * math.prod(self._positions(n, extent, after=True))
+            extent.batch * math.prod(shape[:2]) * math.prod(self.sizes_after(n, extent))
             for extent in extents
             for n, shape in enumerate(self.shapes)
         )
@@ -92,6 +92,10 @@ class Layout:
         spare = len(self.shapes) - 1 if self.transposed else 0
         along = zip(*(shape[3:] for shape in self.shapes), strict=True)
         return tuple(next((n for n, size in enumerate(sizes) if size > 1), spare) for sizes in along)
+
+    def sizes_after(self, link: int, extent: Extent) -> tuple[int, ...]:
+        """Along each axis the size of a link's output, in this call of the layer."""
+        return self._positions(link, extent, after=True)
 
     def _positions(self, link: int, extent: Extent, after: bool = False) -> tuple[int, ...]:
         """Along each axis how often a link applies its kernel; or the size of its output."""

@@ -1,14 +1,15 @@
 """Channels and chains in one choice: the cost of a network whose layers may each be a chain, for any channel counts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from convpare.graph.structure import Axis, Graph, Layer
+from convpare.graph.structure import Graph, Layer
 from convpare.planning.knapsack import choose
-from convpare.planning.options import Chain, dense_cost, value
-from convpare.planning.solver import METRICS, CostModel
+from convpare.planning.options import Chain, dense_cost
+from convpare.planning.solver import CostModel, Ends, Times, whole
 
 
 @dataclass(frozen=True)
@@ -20,63 +21,75 @@ class Choices:
 
 
 class MixedModel(CostModel):
-    """MACs and parameters as a function of the counts of all groups and of what each layer becomes.
+    """MACs, parameters and latency as a function of the counts of all groups and of what each layer becomes.
 
-    Groups come first, then layers. A layer's levels are its MACs with all channels, as it is and as each of its chains.
+    Groups come first, then layers. A layer's levels are what it costs with all channels, as it is and as each chain
+    that no other beats in cost and error; costs in several units add up by their prices.
+
+    Attributes:
+        levels: of each layer, the most expensive first.
+        errors: of each layer at each level.
+        front: of each layer at each level which of its choices that is: 0 as it is, 1 its first chain, …
     """
 
-    def __init__(self, graph: Graph, choices: Sequence[Choices]) -> None:
-        super().__init__(graph)
+    def __init__(
+        self,
+        graph: Graph,
+        choices: Sequence[Choices],
+        times: Times | None = None,
+        prices: Mapping[str, float] = MappingProxyType({"macs": 1.0}),
+    ) -> None:
+        super().__init__(graph, times)
         self.groups = len(graph.groups)
         self.choices = choices
         number = {axis: i + 1 for i, axis in enumerate(graph.units)}
-
-        def size(axis: Axis) -> tuple[int, float]:
-            """Which of the sizes an axis has, and what it is multiplied with."""
-            return (number[axis], 1.0) if axis in number else (0, float(graph.shapes[axis[0]][axis[1]]))
-
-        ends = [[size(c.layer.into), size(c.layer.out)] for c in choices]
-        self._ends = np.array([[at for at, _ in pair] for pair in ends], int).reshape(-1, 2)
-        self._fixed_ends = np.array([[times for _, times in pair] for pair in ends]).reshape(-1, 2)
+        self._ends = Ends(graph, [c.layer for c in choices], number)
         self._extra = [_extra(graph, c) for c in choices]  # (choices, metrics, 4): beyond the layer as it is
-        self.levels = [self._levels(graph, c) for c in choices]
-        self._index = [{float(level): i for i, level in enumerate(levels)} for levels in self.levels]
+        sizes = self._sizes(np.array([g.channels for g in graph.groups], float))
+        price = np.array([prices.get(metric, 0.0) for metric in self.metrics])
+        fronts = [_front(self._costs(n, sizes) @ price, _errors(c)) for n, c in enumerate(choices)]
+        self.front = [at for at, _ in fronts]
+        self.levels = [levels for _, levels in fronts]
+        self.errors = [_errors(c)[at] for c, at in zip(choices, self.front, strict=True)]
+        self._choice = [
+            {float(level): int(i) for level, i in zip(levels, at, strict=True)}
+            for levels, at in zip(self.levels, self.front, strict=True)
+        ]
         touched = [set(np.flatnonzero(column).tolist()) for column in self._slope.toarray().T]
-        self._touched = [
-            [n for n, pair in enumerate(self._ends) if axes & set(pair.tolist())] for axes in touched
-        ]  # of each group the layers that it makes narrower
-
-    def _levels(self, graph: Graph, choices: Choices) -> np.ndarray:
-        shape, layer = graph.shapes[choices.layer.weight], choices.layer
-        sizes = float(shape[layer.in_axis]), float(shape[layer.out_axis])
-        return np.array([value(dense_cost(graph, layer)[0], *sizes), *(value(c.macs, *sizes) for c in choices.chains)])
+        self._touched = [self._ends.touched(axes) for axes in touched]  # of each group, layers that it makes narrower
 
     def _at(self, kept: np.ndarray) -> list[int]:
-        return [index[float(level)] for index, level in zip(self._index, kept[self.groups :], strict=True)]
+        return [choice[float(level)] for choice, level in zip(self._choice, kept[self.groups :], strict=True)]
 
     def cost(self, kept: np.ndarray) -> dict[str, float]:
         counts = kept[: self.groups]
         base, sizes = super().cost(counts), self._sizes(counts)
-        extra = sum((self._beyond(n, i, sizes) for n, i in enumerate(self._at(kept)) if i), np.zeros(len(METRICS)))
-        return {metric: base[metric] + float(more) for metric, more in zip(METRICS, extra, strict=True)}
+        extra = self._summed(self._beyond(n, i, sizes) for n, i in enumerate(self._at(kept)) if i)
+        return {metric: base[metric] + float(more) for metric, more in zip(self.metrics, extra, strict=True)}
+
+    def least(self, kept: np.ndarray) -> dict[str, float]:
+        base, sizes = super().cost(kept[: self.groups]), self._sizes(kept[: self.groups])
+        extra = self._summed(self._costs(n, sizes).min(0) for n in range(len(self.choices)))
+        return {metric: base[metric] + float(more) for metric, more in zip(self.metrics, extra, strict=True)}
 
     def saving(self, kept: np.ndarray, group: int, fewer: float) -> dict[str, float]:
         counts, at = kept[: self.groups], self._at(kept)
         sizes = self._sizes(counts)
         if group >= self.groups:
             n = group - self.groups
-            target = self._index[n][float(kept[group] - fewer)]
+            target = self._choice[n][self._nearest(n, kept[group] - fewer)]
             saved = self._beyond(n, at[n], sizes) - self._beyond(n, target, sizes)
-            return {metric: float(x) for metric, x in zip(METRICS, saved, strict=True)}
+            return {metric: float(x) for metric, x in zip(self.metrics, saved, strict=True)}
         base = super().saving(counts, group, int(fewer))
         step = np.zeros(self.groups)
         step[group] = fewer
         after = sizes - self._slope @ step
         layers = [n for n in self._touched[group] if at[n]]
-        saved = sum(
-            (self._beyond(n, at[n], sizes) - self._beyond(n, at[n], after) for n in layers), np.zeros(len(METRICS))
-        )
-        return {metric: base[metric] + float(x) for metric, x in zip(METRICS, saved, strict=True)}
+        saved = self._summed(self._beyond(n, at[n], sizes) - self._beyond(n, at[n], after) for n in layers)
+        return {metric: base[metric] + float(x) for metric, x in zip(self.metrics, saved, strict=True)}
+
+    def _summed(self, costs: Iterable[np.ndarray]) -> np.ndarray:
+        return sum(costs, np.zeros(len(self.metrics)))
 
     def best_chains(self, counts: np.ndarray, limits: Mapping[str, float]) -> tuple[list[Chain | None], float]:
         """What each layer becomes when the groups keep so many channels (None: it stays as it is), for the least error
@@ -86,18 +99,47 @@ class MixedModel(CostModel):
             Infeasible: no choice is within the limits.
         """
         base, sizes = super().cost(counts), self._sizes(counts)
-        at = [METRICS.index(metric) for metric in limits]
-        costs = [np.stack([self._beyond(n, i, sizes)[at] for i in range(1 + len(c.chains))])
-                 for n, c in enumerate(self.choices)]  # fmt: skip
-        errors = [np.array([0.0, *(chain.error for chain in c.chains)]) for c in self.choices]
-        found = choose(costs, errors, [limit - base[metric] for metric, limit in limits.items()])
+        at = [self.metrics.index(metric) for metric in limits]
+        costs = [self._costs(n, sizes)[:, at] for n in range(len(self.choices))]
+        found = choose(
+            costs, [_errors(c) for c in self.choices], [limit - base[metric] for metric, limit in limits.items()]
+        )
         return [c.chains[i - 1] if i else None for c, i in zip(self.choices, found.at, strict=True)], found.gap
+
+    def _nearest(self, layer: int, level: float) -> float:
+        levels = self.levels[layer]
+        return float(levels[np.abs(levels - level).argmin()])
+
+    def _costs(self, layer: int, sizes: np.ndarray) -> np.ndarray:
+        """What each choice costs more than the layer as it is, (choices, metrics)."""
+        return np.stack([self._beyond(layer, i, sizes) for i in range(1 + len(self.choices[layer].chains))])
 
     def _beyond(self, layer: int, choice: int, sizes: np.ndarray) -> np.ndarray:
         """What a layer costs more (less: negative) as one of its choices than as it is, by metric."""
-        into, out = sizes[self._ends[layer]] * self._fixed_ends[layer]
+        into, out = self._ends.of(sizes)[layer]
         found: np.ndarray = self._extra[layer][choice] @ np.array([1.0, into, out, into * out])
-        return found
+        if self._times is None:
+            return found
+        own, ends = self.choices[layer], whole(np.array([into, out]))
+        chain = (own.chains[choice - 1].form, (own.chains[choice - 1].rank,)) if choice else None
+        slower = self._times.of(own.layer, chain, *ends) - self._times.of(own.layer, None, *ends)
+        return np.array([*found, slower])
+
+
+def _errors(choices: Choices) -> np.ndarray:
+    return np.array([0.0, *(chain.error for chain in choices.chains)])
+
+
+def _front(costs: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The choices that no other beats in cost and error, the most expensive (and the layer as it is) first; costs."""
+    front: list[int] = []
+    for i in np.lexsort((errors, costs)):
+        if not front or errors[i] < errors[front[-1]]:
+            front.append(int(i))
+    if front[-1]:  # a chain has no error, and is cheaper
+        front.append(0)
+    at = np.array(front[::-1])
+    return at, costs[at]
 
 
 def _extra(graph: Graph, choices: Choices) -> np.ndarray:

@@ -82,14 +82,18 @@ def dense_cost(graph: Graph, layer: Layer) -> tuple[Bilinear, Bilinear]:
 
 
 def chains_of(
-    graph: Graph, layer: Layer, weight: Tensor, metric: Metric, keep: np.ndarray, relative: bool
-) -> list[Chain]:
-    """The chains of a layer under the mask `keep` (channels,), cheapest last, each with less error than all cheaper.
+    graph: Graph, layer: Layer, weight: Tensor, metric: Metric, keep: np.ndarray, relative: bool,
+    times: Callable[[Layer, tuple[str, tuple[int, ...]] | None, int, int], float] | None = None,
+) -> list[Chain]:  # fmt: skip
+    """The chains of a layer under the mask `keep` (channels,) with fewer MACs than it, those with the fewest last.
+
+    Of two the worse in error and in all costs is left out; with times, what is no faster than the layer, too.
 
     Args:
         weight: of the whole layer.
         metric: of the whole layer.
         relative: errors are shares of the layer's own output, else of the network's (see `output_moments`).
+        times: milliseconds of the layer or a chain of it, see `NetworkTimes.of`.
     """
     into, out = (torch.as_tensor(graph.kept(axis, keep), device=weight.device) for axis in (layer.into, layer.out))
     left = weight.detach().double().index_select(layer.in_axis, into).index_select(layer.out_axis, out)
@@ -106,9 +110,16 @@ def chains_of(
         for rank in _ranks(len(worth)):
             costs = _bilinear(layer, partial(_shapes, kernel, form, rank, transposed))
             found.append(Chain(cut.name, rank, *costs, float(lost[rank - 1])))
-    sizes = float(len(into)), float(len(out))
+    sizes = len(into), len(out)
     whole = value(dense_cost(graph, layer)[0], *sizes)
-    return _front([chain for chain in found if value(chain.macs, *sizes) < whole], *sizes)
+    slowest = times(layer, None, *sizes) if times else 0.0
+    spent = [
+        (value(c.macs, *sizes), value(c.params, *sizes),
+         times(layer, (c.form, (c.rank,)), *sizes) if times else 0.0)
+        for c in found
+    ]  # fmt: skip
+    kept = [n for n, (macs, _, taken) in enumerate(spent) if macs < whole and (not times or taken < slowest)]
+    return _front([found[n] for n in kept], [spent[n] for n in kept])
 
 
 def value(cost: Bilinear, into: float, out: float) -> float:
@@ -117,10 +128,11 @@ def value(cost: Bilinear, into: float, out: float) -> float:
 
 
 def _ranks(full: int) -> list[int]:
-    """All, or about `RANKS` of them, denser where they are small."""
+    """All, or about `RANKS` of them, denser where they are small; and multiples of 16, which machines like."""
     if full <= RANKS:
         return list(range(1, full + 1))
-    return sorted({round(r) for r in np.geomspace(1, full, RANKS)} | {round(r) for r in np.linspace(1, full, RANKS)})
+    spread = {round(r) for r in np.geomspace(1, full, RANKS)} | {round(r) for r in np.linspace(1, full, RANKS)}
+    return sorted(spread | set(range(16, min(full, 16 * RANKS) + 1, 16)))
 
 
 def _shapes(kernel: Kernel, form: TwoFactors, rank: int, transposed: bool, sizes: tuple[int, int]) -> tuple[Shape, ...]:
@@ -144,10 +156,14 @@ def _through(corners: list[float]) -> Bilinear:
     return one - b - c - d, b, c, d
 
 
-def _front(found: list[Chain], into: float, out: float) -> list[Chain]:
-    """Those that no other beats in cost and error, the most expensive first."""
-    front: list[Chain] = []
-    for chain in sorted(found, key=lambda c: (value(c.macs, into, out), c.error)):
-        if not front or chain.error < front[-1].error:
-            front.append(chain)
-    return front[::-1]
+def _front(found: list[Chain], costs: Sequence[tuple[float, ...]]) -> list[Chain]:
+    """Those that no other beats in all costs and error, the first cost's most expensive first."""
+    if not found:
+        return []
+    table = np.array([(*cost, chain.error) for chain, cost in zip(found, costs, strict=True)])
+    order = np.lexsort(table.T[::-1])
+    front: list[int] = []
+    for i in order:  # what beats a chain comes before it
+        if not (table[front] <= table[i]).all(1).any():
+            front.append(int(i))
+    return [found[i] for i in front[::-1]]

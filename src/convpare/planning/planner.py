@@ -17,6 +17,7 @@ from convpare.graph.structure import Form, Graph, Group, Layer
 from convpare.graph.trace import BEYOND, trace
 from convpare.importance import Ranking, get_criterion
 from convpare.planning.cost import count, planned_cost, total_cost
+from convpare.planning.layer_times import Target
 from convpare.planning.mixed import MixedModel, keep_of
 from convpare.planning.plan import Plan, RemoveChannels
 from convpare.planning.settings import COMPARABLE, PlanOptions, check_methods
@@ -50,6 +51,7 @@ def plan(
     *,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
     criterion: str = "qsfm-ssim",
     options: PlanOptions = PlanOptions(),
     graph: Graph | None = None,
@@ -61,13 +63,14 @@ def plan(
         data: calibration images (n, …), an image set, or data whose training images are taken. Labels are never used.
         macs: budget as a fraction of the dense MACs.
         params: budget as a fraction of the dense parameters.
+        latency: budget as a fraction of the dense network's time on the target of the options, predicted.
         criterion: a name in `convpare.importance.criteria()`.
         graph: the trace of `model`, if it is at hand; with merges, that of the merged model.
 
     Raises:
         ConvpareError: no budget, one out of range or of reach, no such criterion, or no images where it needs some.
     """
-    budget = options.budget(macs, params)
+    budget = options.budget(macs, params, latency)
     return Planner(model, example_inputs, data, criterion=criterion, options=options, graph=graph).plan(budget)
 
 
@@ -105,7 +108,12 @@ class Planner:
         self._left = total_cost(graph, graph.keep_all())
         self._before = count(model, example_inputs).total if self._merges else self._left
         images = _images_for(criterion, graph, data, options) if chosen.needs_images else None
-        self.statistics = Statistics(whole, graph, chosen, images, options.criterion_options)
+        self.statistics = Statistics(whole, graph, chosen, images, options.criterion_options, options.target)
+
+    @property
+    def target(self) -> Target:
+        """Where the network is to run."""
+        return self._options.target
 
     def plan(
         self, budget: Budget = Budget(), *, methods: tuple[str, ...] | None = None, exclude: tuple[str, ...] = ()
@@ -131,13 +139,13 @@ class Planner:
             if "factorize" not in options.methods or all(layer.name != name for layer in graph.layers):
                 graph.group(name)
         own = self._of_what_merges_left(budget)
-        settled = replace(options, scope=_resolve_scope(graph, own, options))
+        settled = replace(options, scope=_resolve_scope(self.statistics, own, options))
         chosen = (_choose_mixed if "factorize" in options.methods else _choose)(self.statistics, own, settled)
         return Plan(
             model=graph.model,
             inputs=graph.inputs,
             criterion=self.statistics.criterion.name,
-            options={**settled.to_json(), **chosen.told},
+            options={**settled.to_json(), **chosen.told, **self._timed(budget, chosen)},
             requested=budget.fractions,
             before=self._before,
             after=planned_cost(graph, chosen.keep, chosen.factorizations),
@@ -166,14 +174,23 @@ class Planner:
             found[metric] = max(0.0, made.error - looser.error) * POINT / (more - fraction)
         return found
 
+    def _timed(self, budget: Budget, chosen: "_Chosen") -> dict[str, list[float]]:
+        """Milliseconds before, measured, and after, predicted; where there is a budget of them."""
+        if budget.latency is None:
+            return {}
+        times = self.statistics.times
+        times.times.save()
+        return {"latency_ms": [times.whole, times.predicted(chosen.keep, chosen.factorizations)]}
+
     def _of_what_merges_left(self, budget: Budget) -> Budget:
         """The budget of the model as it was as one of the merged model."""
         if not self._merges:
             return budget
-        return Budget(**{
+        grown = {
             metric: min(fraction * getattr(self._before, metric) / max(getattr(self._left, metric), 1), 1.0)
-            for metric, fraction in budget.fractions.items()
-        })  # fmt: skip
+            for metric, fraction in budget.fractions.items() if metric != "latency"
+        }  # fmt: skip
+        return replace(budget, **grown)
 
 
 def calibration_images(data: Data | ImageSet | Tensor | None, limit: int, seed: int) -> Tensor | None:
@@ -204,11 +221,12 @@ def _images_for(criterion: str, graph: Graph, data: Data | ImageSet | Tensor | N
     return images
 
 
-def _resolve_scope(graph: Graph, budget: Budget, options: PlanOptions) -> str:
+def _resolve_scope(statistics: Statistics, budget: Budget, options: PlanOptions) -> str:
     """What "auto" stands for: inner channels, if the budgets can be met with them alone."""
     if options.scope != "auto":
         return options.scope
-    cost = CostModel(graph)
+    graph = statistics.graph
+    cost = CostModel(graph, statistics.times if budget.latency is not None else None)
     least = cost.cost(np.array([allowed[-1] for allowed in _levels(graph, replace(options, scope="inner"))], float))
     return "inner" if all(least[m] <= limit for m, limit in limits_of(cost, graph, budget).items()) else "all"
 
@@ -254,7 +272,7 @@ def _choose(statistics: Statistics, budget: Budget, options: PlanOptions) -> _Ch
             counts = _counts_by_threshold(graph, rankings, part * options.threshold, options)
         else:
             step = Budget(**{m: 1 - part * (1 - fraction) for m, fraction in budget.fractions.items()})
-            counts = _counts_by_budget(graph, rankings, step, options)
+            counts = _counts_by_budget(statistics, rankings, step, options)
         fewer = graph.keep_all()
         for group, kept in zip(graph.groups, counts, strict=True):
             if kept < group.channels:
@@ -277,12 +295,13 @@ def _choose_mixed(statistics: Statistics, budget: Budget, options: PlanOptions) 
     levels = levels if rankings else [allowed[:1] for allowed in levels]
     curves = [np.zeros(1) if len(allowed) == 1 else _scale(statistics) * _curve(rankings[g.name])[allowed[0] - allowed]
               for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
-    offered = [choices for name, choices in statistics.chains.items() if name not in options.exclude]
-    model = MixedModel(graph, offered)
-    own = [np.array([0.0, *(chain.error for chain in choices.chains)]) for choices in offered]
-    dense = CostModel(graph)
+    times = statistics.times if budget.latency is not None else None
+    offered = [c for name, c in statistics.chains(times is not None).items() if name not in options.exclude]
+    dense = CostModel(graph, times)
     limits = limits_of(dense, graph, budget)
-    allocation = Allocation(model, [*levels, *model.levels], [*curves, *own], limits)
+    prices = {metric: 1 / max(limit, 1e-300) for metric, limit in limits.items()}
+    model = MixedModel(graph, offered, times, prices)
+    allocation = Allocation(model, [*levels, *model.levels], [*curves, *model.errors], limits)
     counts = np.array([g.channels for g in graph.groups], float)
     check_feasible(allocation, budget, dense.cost(counts), _hint(graph, options))
     keep = graph.keep_all()
@@ -290,8 +309,8 @@ def _choose_mixed(statistics: Statistics, budget: Budget, options: PlanOptions) 
         allocate(allocation, exchange=False)
         counts = allocation.kept[: len(graph.groups)]
         keep = keep_of(graph, {name: ranking.order for name, ranking in rankings.items()}, counts)
-        left = statistics.chains_after(keep)
-        model = MixedModel(graph, [left[choices.layer.name] for choices in offered])
+        left = statistics.chains_after(keep, times is not None)
+        model = MixedModel(graph, [left[choices.layer.name] for choices in offered], times, prices)
     found, gap = model.best_chains(counts, limits)
     errors = np.zeros(graph.channels)
     for group in graph.groups:
@@ -314,9 +333,12 @@ def _shape(graph: Graph, layer: Layer, keep: np.ndarray) -> tuple[int, ...]:
     return tuple(len(graph.kept((layer.weight, axis), keep)) for axis in range(len(graph.shapes[layer.weight])))
 
 
-def _counts_by_budget(graph: Graph, rankings: Mapping[str, Ranking], budget: Budget, options: PlanOptions) -> list[int]:
+def _counts_by_budget(
+    statistics: Statistics, rankings: Mapping[str, Ranking], budget: Budget, options: PlanOptions
+) -> list[int]:
     """How many channels each group keeps, so that the budget is met."""
-    cost = CostModel(graph)
+    graph = statistics.graph
+    cost = CostModel(graph, statistics.times if budget.latency is not None else None)
     levels = _levels(graph, options)
     if options.allocation == "uniform":
         errors = even_errors(cost, levels, budget.fractions)

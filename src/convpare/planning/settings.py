@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Form
 from convpare.importance import get_criterion
+from convpare.planning.layer_times import Target
 from convpare.planning.solver import Budget
 
 METHODS = ("prune", "factorize")
@@ -36,6 +37,7 @@ class PlanOptions:
         threshold: instead of budgets: remove what the criterion's error rates at or below it (QSFM-SSIM: 0.1 removes
             channels with SSIM ≥ 0.9).
         seed: of the choice of images.
+        target: where the network is to run, for budgets of latency.
         criterion_options: what the criterion itself takes, see e.g. `QSFMOptions`.
     """
 
@@ -50,6 +52,7 @@ class PlanOptions:
     rounds: int = 1
     threshold: float | None = None
     seed: int = 0
+    target: Target = field(default_factory=Target)
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,17 +70,20 @@ class PlanOptions:
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise ConvpareError(f"threshold is {self.threshold}; expected a number of 0 or more")
 
-    def budget(self, macs: float | None, params: float | None) -> Budget:
+    def budget(self, macs: float | None, params: float | None, latency: float | None) -> Budget:
         """The budget. Raises ConvpareError where there is a threshold, too, or neither."""
-        budget = Budget(macs, params)
+        budget = Budget(macs, params, latency)
         if bool(budget.fractions) == (self.threshold is not None):
-            raise ConvpareError("give either a budget (macs, params) or a threshold: macs=0.5 for half of the MACs")
+            raise ConvpareError(
+                "give either a budget (macs, params, latency) or a threshold: macs=0.5 for half of the MACs"
+            )
         return budget
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)} | {
             "methods": list(self.methods),
             "exclude": list(self.exclude),
+            "target": asdict(self.target),
             "criterion_options": dict(self.criterion_options),
         }
 

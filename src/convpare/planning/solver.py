@@ -5,26 +5,60 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from convpare.errors import ConvpareError, Infeasible
-from convpare.graph.structure import Graph, Group
+from convpare.graph.structure import Axis, Graph, Group, Layer
 
 METRICS = ("macs", "params")
+Link = tuple[str, tuple[int, ...]]  # a chain: its form and ranks
 REACH = 4  # levels up and down that an exchange tries
 GRAIN = 0.01  # share of the whole error from which on single levels matter
+
+
+class Times(Protocol):
+    """Milliseconds of a network's layers; see `NetworkTimes`."""
+
+    rest: float
+
+    @property
+    def timed(self) -> list[Layer]: ...
+
+    def of(self, layer: Layer, chain: Link | None, into: int, out: int) -> float: ...
+
+
+class Ends:
+    """The sizes of layers' axes of inputs and outputs, from the sizes of all axes."""
+
+    def __init__(self, graph: Graph, layers: Sequence[Layer], number: Mapping[Axis, int]) -> None:
+        ends = [layer.into for layer in layers], [layer.out for layer in layers]
+        self._at = np.array([[number.get(axis, 0) for axis in side] for side in ends], int).T.reshape(-1, 2)
+        self._times = np.array(
+            [[1.0 if a in number else graph.shapes[a[0]][a[1]] for a in side] for side in ends], float
+        ).T.reshape(-1, 2)
+
+    def of(self, sizes: np.ndarray) -> np.ndarray:
+        """(layers, 2)."""
+        return np.asarray(sizes[self._at] * self._times)
+
+    def touched(self, axes: set[int]) -> list[int]:
+        """The layers with one of these axes."""
+        return [n for n, pair in enumerate(self._at) if axes & set(pair.tolist())]
 
 
 class CostModel:
     """MACs and parameters as a function of how many channels each group keeps; equal to `total_cost` exactly.
 
-    Every axis has a size that is linear in the counts, every tensor's numel is a product of axis sizes.
+    Every axis has a size that is linear in the counts, every tensor's numel is a product of axis sizes. With the times
+    of layers, predicted milliseconds, too ("latency").
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, times: Times | None = None) -> None:
         number = {axis: i + 1 for i, axis in enumerate(graph.units)}  # axis 0 stands for "no axis", of size 1
+        self.metrics = METRICS if times is None else (*METRICS, "latency")
         self._slope = _channels_per_channel(graph)
         self._fixed = np.array([1, *((units < 0).sum() for units in graph.units.values())], float)
         self._names = sorted(graph.parameters)
@@ -37,6 +71,14 @@ class CostModel:
         positions = {layer.weight: layer.positions for layer in graph.layers}
         self._positions = np.array([positions.get(n, 0) for n in self._names], float)
         self._affected = self._affected_parameters(graph)
+        self._times = times
+        self._timed = [] if times is None else times.timed
+        self._timed_ends = Ends(graph, self._timed, number)
+        self._outputs = np.array([layer.outputs * _copies_of(layer) for layer in graph.layers], float)
+        self._all_ends = Ends(graph, graph.layers, number)
+        touched = [set(np.flatnonzero(column).tolist()) for column in self._slope.toarray().T]
+        self._timed_touched = [self._timed_ends.touched(axes) for axes in touched]
+        self._dense_elements = self._elements(self._sizes(np.array([g.channels for g in graph.groups], float)))
 
     def _affected_parameters(self, graph: Graph) -> list[np.ndarray]:
         slope = self._slope.tocsc()
@@ -48,17 +90,36 @@ class CostModel:
 
     def cost(self, kept: np.ndarray) -> dict[str, float]:
         """The cost when group i keeps `kept[i]` channels."""
-        return self._sum(self._sizes(kept), np.arange(len(self._names)))
+        sizes = self._sizes(kept)
+        return self._sum(sizes, np.arange(len(self._names))) | self._latency(sizes, range(len(self._timed)))
+
+    def least(self, kept: np.ndarray) -> dict[str, float]:
+        """A bound on the cost, metric by metric, when the groups keep at least so many."""
+        return self.cost(kept)
 
     def saving(self, kept: np.ndarray, group: int, fewer: int) -> dict[str, float]:
         """What is saved when `group` keeps `fewer` channels less (negative: more)."""
         rows = self._affected[group]
         sizes = self._sizes(kept)
-        before = self._sum(sizes, rows)
         step = np.zeros(len(kept))
         step[group] = fewer
-        after = self._sum(sizes - self._slope @ step, rows)
-        return {metric: before[metric] - after[metric] for metric in METRICS}
+        left = sizes - self._slope @ step
+        layers = self._timed_touched[group]
+        before = self._sum(sizes, rows) | self._latency(sizes, layers)
+        after = self._sum(left, rows) | self._latency(left, layers)
+        return {metric: before[metric] - after[metric] for metric in self.metrics}
+
+    def _latency(self, sizes: np.ndarray, layers: Iterable[int]) -> dict[str, float]:
+        """Milliseconds of these of the timed layers, and of the rest of the network; nothing without times."""
+        if self._times is None:
+            return {}
+        ends = self._timed_ends.of(sizes)
+        taken = sum(self._times.of(self._timed[n], None, *whole(ends[n])) for n in layers)
+        return {"latency": taken + self._times.rest * self._elements(sizes) / max(self._dense_elements, 1.0)}
+
+    def _elements(self, sizes: np.ndarray) -> float:
+        """Output elements of all layers."""
+        return float(self._outputs @ self._all_ends.of(sizes)[:, 1])
 
     def _sizes(self, kept: np.ndarray) -> np.ndarray:
         return np.asarray(self._fixed + self._slope @ kept)
@@ -66,6 +127,15 @@ class CostModel:
     def _sum(self, sizes: np.ndarray, rows: np.ndarray) -> dict[str, float]:
         numel = self._constant[rows] * sizes[self._axes[rows]].prod(axis=1)
         return {"macs": float(self._positions[rows] @ numel), "params": float(numel.sum())}
+
+
+def whole(ends: np.ndarray) -> tuple[int, int]:
+    return max(round(ends[0]), 1), max(round(ends[1]), 1)
+
+
+def _copies_of(layer: Layer) -> int:
+    """Output channels for each index of the weight's axis of outputs."""
+    return layer.groups if layer.kind == "conv_transpose" else 1
 
 
 def _channels_per_channel(graph: Graph) -> csr_array:
@@ -89,6 +159,7 @@ class Budget:
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         for metric, fraction in self.fractions.items():
@@ -100,7 +171,7 @@ class Budget:
 
     @property
     def fractions(self) -> dict[str, float]:
-        given = {"macs": self.macs, "params": self.params}
+        given = {"macs": self.macs, "params": self.params, "latency": self.latency}
         return {metric: value for metric, value in given.items() if value is not None}
 
     def approached(self, steps: int) -> Iterator["Budget"]:
@@ -191,6 +262,9 @@ def limits_of(model: CostModel, graph: Graph, budget: Budget) -> dict[str, float
     for metric, fraction in budget.fractions.items():
         if not dense[metric]:
             raise ConvpareError(f"none of the {metric} of {graph.model} can be counted; give another budget")
+        if metric == "latency":
+            limits[metric] = fraction * dense[metric]
+            continue
         near = float(round(fraction * dense[metric]))
         limits[metric] = near if near / dense[metric] <= fraction else near - 1
     return limits
@@ -198,7 +272,7 @@ def limits_of(model: CostModel, graph: Graph, budget: Budget) -> dict[str, float
 
 def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, float], hint: str = "") -> None:
     """Raise when not even the smallest allowed network meets the budgets, and say what it would reach, and a hint."""
-    least = allocation.model.cost(np.array([levels[-1] for levels in allocation.levels], float))
+    least = allocation.model.least(np.array([levels[-1] for levels in allocation.levels], float))
     for metric, limit in allocation.limits.items():
         if least[metric] > limit:
             share = least[metric] / dense[metric]

@@ -12,6 +12,8 @@ from convpare.factorize.metric import Metric
 from convpare.graph.structure import Graph, Group
 from convpare.graph.surgery import zeroed
 from convpare.importance import Context, Criterion, Ranking
+from convpare.planning.latency import NetworkTimes
+from convpare.planning.layer_times import Target, cached
 from convpare.planning.mixed import Choices
 from convpare.planning.options import chains_of, factorizable, metrics_of
 
@@ -22,14 +24,22 @@ class Statistics:
     Args:
         images: (n, …), which criteria and second moments look at; None where none are needed.
         options: the criterion's own.
+        target: where the network is to run, for budgets of latency.
     """
 
     def __init__(
-        self, model: nn.Module, graph: Graph, criterion: Criterion, images: Tensor | None, options: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        graph: Graph,
+        criterion: Criterion,
+        images: Tensor | None,
+        options: Mapping[str, Any],
+        target: Target = Target(),
     ) -> None:
-        self.model, self.graph, self.criterion = model, graph, criterion
+        self.model, self.graph, self.criterion, self._target = model, graph, criterion, target
         self._images, self._options = images, options
         self._rankings: dict[str, Ranking] = {}
+        self._chains: dict[bool, dict[str, Choices]] = {}
 
     def rankings(self, groups: Sequence[Group]) -> dict[str, Ranking]:
         """The order in which the channels of these groups should go, by the groups' names."""
@@ -48,24 +58,33 @@ class Statistics:
         return found
 
     @cached_property
+    def times(self) -> NetworkTimes:
+        """How long the layers take where the network is to run. Kept in the user's cache."""
+        return NetworkTimes(self.model, self.graph, cached(self._target, next(self.model.parameters()).device))
+
+    @cached_property
     def metrics(self) -> dict[str, Metric]:
         """What errors of the layers cost that can be factorized, by the layers' names; see `metrics_of`."""
         assert self._images is not None, "criteria whose errors compare with those of chains look at images"
         layers = factorizable(self.model, self.graph)
         return metrics_of(self.model, layers, self._images, self.criterion.name == "sensitivity")
 
-    @cached_property
-    def chains(self) -> dict[str, Choices]:
-        """What each whole layer could become, by the layers' names."""
-        return self.chains_after(self.graph.keep_all())
+    def chains(self, timed: bool) -> dict[str, Choices]:
+        """What each whole layer could become, by the layers' names; with `timed` what is fast counts, too."""
+        if timed not in self._chains:
+            self._chains[timed] = self.chains_after(self.graph.keep_all(), timed)
+        return self._chains[timed]
 
-    def chains_after(self, keep: np.ndarray) -> dict[str, Choices]:
+    def chains_after(self, keep: np.ndarray, timed: bool) -> dict[str, Choices]:
         """The same of the layers that the mask `keep` (channels,) leaves."""
+        times = self.times.of if timed else None
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         relative = self.criterion.name == "reconstruction"
         layers = [layer for layer in self.graph.layers if layer.name in self.metrics]
         return {
-            x.name: Choices(x, tuple(chains_of(self.graph, x, weights[x.weight], self.metrics[x.name], keep, relative)))
+            x.name: Choices(
+                x, tuple(chains_of(self.graph, x, weights[x.weight], self.metrics[x.name], keep, relative, times))
+            )
             for x in layers
         }
 
