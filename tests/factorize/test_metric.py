@@ -98,7 +98,7 @@ def test_where_o_stands_alone_nothing_is_better(groups: int, outputs: bool):
     layer = conv(groups=groups)
     metric = Metric(moment(24, 1, groups, 0.7), moment(6, 5, groups, 0.7) if outputs else None)
     left = Root.of(metric.outputs).root if outputs else torch.eye(6, dtype=torch.float64)
-    white = left @ kernel(layer).tensor.reshape(groups, 6, 24) @ Root.of(metric.inputs).root
+    white = left @ kernel(layer).tensor.reshape(groups, 6, 24) @ Root.of(metric.inputs).root.mT
     for rank in (1, 3, 5, 6):
         best = torch.linalg.svdvals(white)[:, rank:].square().sum() / white.square().sum()
         assert cost(layer, "o|ihw", (rank,), metric, True) == pytest.approx(float(best), rel=5e-3, abs=1e-12)

@@ -7,7 +7,7 @@ x on one side exactly; across others, H is taken for a product of its parts (a K
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,6 +30,18 @@ class Metric:
 
     inputs: Tensor
     outputs: Tensor | None = None
+    _roots: dict[tuple[int, ...], Root] = field(init=False, repr=False, default_factory=dict)
+
+    @cached_property
+    def outputs_root(self) -> Root | None:
+        """That of F."""
+        return None if self.outputs is None else Root.of(self.outputs)
+
+    def root(self, kernel: Kernel, axes: tuple[int, ...]) -> Root:
+        """That of `marginal`, kept: several cuts share it."""
+        if axes not in self._roots:
+            self._roots[axes] = Root.of(self.marginal(kernel, axes))
+        return self._roots[axes]
 
     def check(self, kernel: Kernel) -> None:
         """Raises ConvpareError unless the moments are those of a layer with such a kernel."""
@@ -110,8 +122,8 @@ class Whitening:
     def _roots(self) -> tuple["Root | None", Root, "Root | None"]:
         metric, kernel = self.metric, self.kernel
         return (
-            None if metric.outputs is None else Root.of(metric.outputs),
-            Root.of(metric.marginal(kernel, self.with_i)),
+            metric.outputs_root,
+            metric.root(kernel, self.with_i),
             Root.of(metric.spatial(kernel, self.rest)) if self.rest else None,
         )
 

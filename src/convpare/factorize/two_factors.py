@@ -19,7 +19,6 @@ from convpare.factorize.forms import (
 from convpare.factorize.metric import Metric, Whitening
 from convpare.factorize.subspaces import singular_values, split
 from convpare.redundancy.cuts import SPATIAL, Cut, Kernel, cuts_of
-from convpare.redundancy.moments import Root
 
 
 @form("cut")
@@ -118,7 +117,7 @@ class TwoFactors(Form):
         """The outputs' own directions: no root of H is needed."""
         (groups, out, into), spatial = kernel.tensor.shape[:3], kernel.tensor.shape[3:]
         directions = torch.linalg.eigh(self._output_moment(kernel, metric)).eigenvectors[..., -rank:].flip(-1)
-        weighing = None if metric.outputs is None else Root.of(metric.outputs)
+        weighing = metric.outputs_root
         rows = kernel.tensor.flatten(2) if weighing is None else weighing.root @ kernel.tensor.flatten(2)
         outer = directions if weighing is None else weighing.inverse @ directions
         inner = (directions.mT @ rows).reshape(groups, rank, into, *spatial)
@@ -127,10 +126,9 @@ class TwoFactors(Form):
     def _output_moment(self, kernel: Kernel, metric: Metric) -> Tensor:
         """(groups, o, o): the second moment of the layer's outputs, weighted."""
         moment = metric.outputs_of(kernel)
-        if metric.outputs is None:
+        if (root := metric.outputs_root) is None:
             return moment
-        root = Root.of(metric.outputs).root
-        return root @ moment @ root
+        return root.root @ moment @ root.root.mT
 
     def _by_channels(self, kernel: Kernel, rank: int) -> tuple[Kernel, ...]:
         matrix = kernel.unfold(self.cut)

@@ -69,6 +69,8 @@ def restricted(metric: Metric, graph: Graph, layer: Layer, keep: np.ndarray) -> 
     """The second moments of what removals leave of a layer that is not grouped, under the mask `keep` (channels,)."""
     device = metric.inputs.device
     into, out = (torch.as_tensor(graph.kept(axis, keep), device=device) for axis in (layer.into, layer.out))
+    if (len(out), len(into)) == tuple(graph.shapes[layer.weight][a] for a in (layer.out_axis, layer.in_axis)):
+        return Metric(metric.inputs, metric.outputs)
     taps = metric.inputs.shape[1] // graph.shapes[layer.weight][layer.in_axis]
     chosen = (into[:, None] * taps + torch.arange(taps, device=device)).flatten()
     outputs = None if metric.outputs is None else metric.outputs[:, out][:, :, out]

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -139,18 +140,26 @@ def output_moments(
 
 @dataclass(frozen=True, eq=False)
 class Root:
-    """The symmetric square root of a second moment with a ridge, and its inverse; (groups, n, n) float64."""
+    """R with Rᵀ R = a second moment with a ridge, (groups, n, n) float64: ‖R x‖² is what a change x costs."""
 
     root: Tensor
-    inverse: Tensor
 
     @staticmethod
     def of(moment: Tensor) -> "Root":
-        values, vectors = torch.linalg.eigh(moment.double())
-        values = values.clamp_min(0)
-        ridge = RIDGE * values.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
-        scale = (values + ridge).sqrt()[:, None]
-        return Root((vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT)
+        moment = moment.double()
+        ridge = RIDGE * moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0) + torch.finfo(torch.float32).tiny
+        ridged = moment + torch.diag_embed(ridge[:, None].expand(moment.shape[:2]))
+        lower, failed = torch.linalg.cholesky_ex(ridged)
+        if not bool(failed.any()):
+            return Root(lower.mT)
+        values, vectors = torch.linalg.eigh(moment)  # roundings of the moment are larger than the ridge
+        return Root((vectors * (values.clamp_min(0) + ridge[:, None]).sqrt()[:, None]).mT)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """R⁻¹."""
+        found: Tensor = torch.linalg.inv(self.root)
+        return found
 
 
 def first_tensor(output: object) -> Tensor:
