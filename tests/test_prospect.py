@@ -16,6 +16,7 @@ from convpare.planning.planner import POINT, Planner
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
 from convpare.prospect import prospect, trade_off
+from convpare.redundancy import moments
 
 X = torch.zeros(1, 3, 8, 8)
 BOTH = PlanOptions(methods=("prune", "factorize"), images=64)
@@ -150,3 +151,20 @@ def test_plan_for_a_network_that_differs_elsewhere():
     elsewhere = convpare.trace(net(), torch.zeros(1, 3, 16, 16))
     with pytest.raises(ConvpareError, match=r"it was traced on 1×3×16×16, the plan's on 1×3×8×8"):
         convpare.apply(net(), made, graph=elsewhere)
+
+
+def test_ranking_and_chains_share_their_moments(monkeypatch: pytest.MonkeyPatch):
+    """One pass over the images for each kind of moment, whoever asks."""
+    measured: list[tuple[str, int]] = []
+    for name in ("input_moments", "output_moments"):
+        original = getattr(moments, name)
+
+        def measure(model: Any, layers: Any, *args: Any, original: Any = original, name: str = name) -> Any:
+            measured.append((name, len(layers)))
+            return original(model, layers, *args)
+
+        monkeypatch.setattr(moments, name, measure)
+    making = planner(criterion="sensitivity")
+    making.plan(Budget(0.5))
+    making.plan(Budget(0.4))
+    assert sorted(measured) == [("input_moments", 4), ("output_moments", 4)]

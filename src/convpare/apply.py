@@ -22,6 +22,7 @@ from convpare.planning.options import metrics_of, restricted
 from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
 from convpare.planning.settings import PlanOptions
+from convpare.redundancy.moments import Moments
 
 
 class FailedCheck(ConvpareError):  # noqa: N818 - what failed is the check
@@ -131,7 +132,7 @@ def _metrics(model: nn.Module, graph: Graph, plan: Plan, data: Data | ImageSet |
         return {}
     layers = [graph.layer(edit.layer) for edit in plan.factorizations]
     layers = [layer for layer in layers if layer.groups == 1]
-    return metrics_of(model, layers, images, plan.criterion == "sensitivity")
+    return metrics_of(Moments(model, images), layers, plan.criterion == "sensitivity")
 
 
 def _number(plan: Plan, name: str) -> int:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from convpare.errors import ConvpareError
 from convpare.graph import Graph, trace
 from convpare.importance import Context, Ranking, get_criterion, reconstruction
+from convpare.redundancy import moments
 from convpare.redundancy.moments import Sampling, output_moments
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All positions, no ridge to speak of, one channel at a time."""
-    monkeypatch.setattr(reconstruction, "SAMPLING", Sampling(per_unknown=10**9))
+    monkeypatch.setattr(moments, "SAMPLING", Sampling(per_unknown=10**9))
     monkeypatch.setattr(reconstruction, "RIDGE", 1e-10)
     yield
 
@@ -38,7 +39,7 @@ def test_sensitivity_is_the_error_of_the_networks_output():
     graph = trace(model, images[:1])
     context = Context(model, graph, graph.keep_all(), images, {}, (graph.group("0"),))
     found = get_criterion("sensitivity").rank(context)["0"]
-    weights = output_moments(model, [graph.layer("2")], images, reconstruction.SAMPLING)["2"][0]
+    weights = output_moments(model, [graph.layer("2")], images, moments.SAMPLING)["2"][0]
     values, vectors = torch.linalg.eigh(weights)
     root = ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).numpy()
     cols = F.unfold(model[:2](images), 3).movedim(1, 0).flatten(1).detach().double().numpy()
@@ -247,7 +248,7 @@ def test_of_many_twins_one_of_each_goes(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_wide_readers_are_scored_one_by_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reconstruction, "SAMPLING", Sampling(widest=20))
+    monkeypatch.setattr(moments, "SAMPLING", Sampling(widest=20))
     model = nn.Sequential(front(), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 2, 1))
     ranking, _ = rank(model, "0.0", IMAGES)
     ((weight, x),) = unfolded(model[1], model[0](IMAGES)).parts
@@ -270,8 +271,8 @@ def test_fewer_positions_are_nearly_as_good(monkeypatch: pytest.MonkeyPatch):
     model = nn.Sequential(front(), nn.Conv2d(6, 4, 3))
     images = torch.randn(60, 3, 15, 15, generator=torch.Generator().manual_seed(2))
     every, _ = rank(model, "0.0", images)
-    monkeypatch.setattr(reconstruction, "SAMPLING", Sampling(per_unknown=32))
-    monkeypatch.setattr(reconstruction, "SAMPLING", Sampling(least=2000))
+    monkeypatch.setattr(moments, "SAMPLING", Sampling(per_unknown=32))
+    monkeypatch.setattr(moments, "SAMPLING", Sampling(least=2000))
     some, _ = rank(model, "0.0", images)
     assert some.order.tolist() == every.order.tolist()
     assert not np.array_equal(some.errors, every.errors)

@@ -24,7 +24,7 @@ from convpare.planning.layer_times import LayerTimes, Signature, Target
 from convpare.planning.mixed import MixedModel
 from convpare.planning.planner import Planner
 from convpare.planning.settings import PlanOptions
-from convpare.planning.solver import Budget, CostModel
+from convpare.planning.solver import Budget
 
 X = torch.zeros(1, 3, 8, 8)
 IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -107,30 +107,31 @@ def test_the_solvers_cost_is_the_prediction(machine: Callable[[Any], None], step
     making = planner(machine, measure)
     graph, times = making.graph, making.statistics.times
     choices = list(making.statistics.chains(True).values())
-    model = MixedModel(graph, choices, times, {"latency": 1.0})
-    plain = CostModel(graph, times)
+    model = MixedModel(graph, choices, times)
     rng = np.random.default_rng(0)
     for _ in range(8):
         counts = np.array([rng.integers(1, g.channels + 1) for g in graph.groups], float)
         keep = graph.keep_all()
         for group, count in zip(graph.groups, counts, strict=True):
             keep[group.start + int(count) : group.start + group.channels] = False
-        assert plain.cost(counts)["latency"] == pytest.approx(times.predicted(keep))
-        at = [int(rng.integers(0, len(front))) for front in model.front]
-        kept = np.array([*counts, *(levels[i] for levels, i in zip(model.levels, at, strict=True))])
+        assert model.cost(counts)["latency"] == pytest.approx(times.predicted(keep))
+        at = [int(rng.integers(0, 1 + len(c.chains))) for c in choices]
         chains = [
-            Factorize(c.layer.name, c.chains[front[i] - 1].form, (c.chains[front[i] - 1].rank,), ())
-            for c, front, i in zip(choices, model.front, at, strict=True)
+            Factorize(c.layer.name, c.chains[i - 1].form, (c.chains[i - 1].rank,), ())
+            for c, i in zip(choices, at, strict=True)
             if i
         ]
-        assert model.cost(kept)["latency"] == pytest.approx(times.predicted(keep, tuple(chains)))
-        assert model.cost(kept)["macs"] == planned_cost(graph, keep, chains).macs
+        cost = model.with_chains(counts, at)
+        assert cost["latency"] == pytest.approx(times.predicted(keep, tuple(chains)))
+        assert cost["macs"] == planned_cost(graph, keep, chains).macs
         for group in range(len(graph.groups)):
             fewer = int(rng.integers(0, counts[group]))
-            other = kept.copy()
+            other = counts.copy()
             other[group] -= fewer
-            difference = model.cost(kept)["latency"] - model.cost(other)["latency"]
-            assert model.saving(kept, group, fewer)["latency"] == pytest.approx(difference, abs=1e-9)
+            difference = model.cost(counts)["latency"] - model.cost(other)["latency"]
+            assert model.saving(counts, group, fewer)["latency"] == pytest.approx(difference, abs=1e-9)
+            spent = model._spent(np.stack([model._sizes(counts), model._sizes(other)]), group)
+            assert spent[0, 2] - spent[1, 2] == pytest.approx(difference, abs=1e-9)
 
 
 @pytest.mark.parametrize("methods", [("prune",), ("factorize",), ("prune", "factorize")])

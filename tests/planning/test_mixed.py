@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import convpare
 from convpare.compress import CompressOptions, compress
-from convpare.errors import ConvpareError
+from convpare.errors import ConvpareError, Infeasible
 from convpare.factorize.edit import Factorize
 from convpare.graph import Graph, trace
 from convpare.planning.cost import count, planned_cost
@@ -21,7 +21,7 @@ from convpare.planning.options import chains_of, dense_cost, factorizable, metri
 from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
 from convpare.planning.settings import PlanOptions
-from convpare.redundancy.moments import Sampling
+from convpare.redundancy.moments import Moments, Sampling
 
 IMAGES = torch.randn(96, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -64,13 +64,13 @@ def mixed(*methods: str, **others: Any) -> PlanOptions:
 
 def offered(model: nn.Module, graph: Graph, keep: np.ndarray, relative: bool = True) -> list[Choices]:
     layers = factorizable(model, graph)
-    known = metrics_of(model, layers, calibration_images(IMAGES, len(IMAGES), 0), not relative)
+    known = metrics_of(Moments(model, calibration_images(IMAGES, len(IMAGES), 0)), layers, not relative)
     weights = dict(model.named_parameters())
     return [Choices(x, tuple(chains_of(graph, x, weights[x.weight], known[x.name], keep, relative))) for x in layers]
 
 
 def test_the_cost_of_any_choice():
-    """Of random counts and chains: what `planned_cost` says, and savings are differences of costs."""
+    """Of random counts and chains: what `planned_cost` says, and the prices' search sees the same differences."""
     model = net()
     graph = trace(model, IMAGES[:2])
     choices = offered(model, graph, graph.keep_all())
@@ -78,28 +78,56 @@ def test_the_cost_of_any_choice():
     rng = np.random.default_rng(0)
     orders = {g.name: rng.permutation(g.channels) for g in graph.groups}
     for _ in range(12):
-        counts = np.array([rng.integers(max(1, g.channels // 2), g.channels + 1) for g in graph.groups])
-        at = [int(rng.integers(0, len(front))) for front in cost.front]
-        kept = np.array([*counts, *(levels[i] for levels, i in zip(cost.levels, at, strict=True))], float)
+        counts = np.array([rng.integers(max(1, g.channels // 2), g.channels + 1) for g in graph.groups], float)
+        at = [int(rng.integers(0, 1 + len(c.chains))) for c in choices]
         keep = keep_of(graph, orders, counts)
         edits = [
-            Factorize(c.layer.name, c.chains[front[i] - 1].form, (c.chains[front[i] - 1].rank,), ())
-            for c, front, i in zip(choices, cost.front, at, strict=True)
+            Factorize(c.layer.name, c.chains[i - 1].form, (c.chains[i - 1].rank,), ())
+            for c, i in zip(choices, at, strict=True)
             if i
         ]
         expected = planned_cost(graph, keep, edits)
-        assert cost.cost(kept) == {"macs": expected.macs, "params": expected.params}
-        for variable in range(len(kept)):
-            levels = (
-                np.arange(graph.groups[variable].channels, 0, -1)
-                if variable < cost.groups
-                else cost.levels[variable - cost.groups]
-            )
-            target = float(rng.choice(levels))
-            other = kept.copy()
-            other[variable] = target
-            saved = cost.saving(kept, variable, kept[variable] - target)
-            assert saved == pytest.approx({m: cost.cost(kept)[m] - cost.cost(other)[m] for m in saved}, abs=1e-6)
+        assert cost.with_chains(counts, at) == {"macs": expected.macs, "params": expected.params}
+        for group in range(len(graph.groups)):
+            levels = np.arange(graph.groups[group].channels, 0, -1)
+            others = np.stack([np.where(np.arange(len(counts)) == group, level, counts) for level in levels])
+            spent = cost._spent(np.stack([cost._sizes(other) for other in others]), group)
+            whole = [list(cost.cost(other).values()) for other in others]
+            assert spent - spent[0] == pytest.approx(np.array(whole) - whole[0], abs=1e-6)
+
+
+def test_counts_and_chains_together_against_all_there_are():
+    """The search by prices on small networks, beside the best of all counts with all chains."""
+    found, best = [], []
+    for seed, macs in itertools.product(range(4), (0.3, 0.5, 0.7)):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()
+        graph = trace(model, IMAGES[:1])
+        choices = offered(model, graph, graph.keep_all())
+        cost, rng = MixedModel(graph, choices), np.random.default_rng(seed)
+        levels = [np.arange(g.channels, 0, -1) for g in graph.groups]
+        curves = [
+            np.concatenate([[0.0], np.cumsum(np.sort(rng.exponential(0.1, len(allowed) - 1)))]) for allowed in levels
+        ]
+        limits = {"macs": macs * cost.cost(cost.whole)["macs"]}
+
+        def error(counts: np.ndarray, cost: MixedModel = cost, curves: list[np.ndarray] = curves,
+                  limits: dict[str, float] = limits) -> float:  # fmt: skip
+            try:
+                chains, _ = cost.best_chains(counts, limits)
+            except Infeasible:
+                return np.inf
+            gone = (cost.whole - counts).astype(int)
+            return sum(c.error for c in chains if c) + sum(float(x[g]) for x, g in zip(curves, gone, strict=True))
+
+        counts = cost.priced(levels, curves, limits)
+        assert counts is not None
+        found.append(error(counts))
+        best.append(min(error(np.array(at, float)) for at in itertools.product(*levels)))
+    ratios = np.array(found) / np.array(best)
+    assert (ratios >= 1 - 1e-4).all()
+    assert np.median(ratios) < 1.05
+    assert ratios.max() < 1.2
 
 
 def test_chains_of_a_layer():
@@ -109,7 +137,7 @@ def test_chains_of_a_layer():
     keep = graph.keep_all()
     keep[graph.group("a1").start : graph.group("a1").start + 5] = False
     layer = graph.layer("a2")
-    known = metrics_of(model, [layer], IMAGES, weighted=False, sampling=Sampling(per_unknown=10**6))
+    known = metrics_of(Moments(model, IMAGES, Sampling(per_unknown=10**6)), [layer], weighted=False)
     found = chains_of(graph, layer, model.a2.weight, known["a2"], keep, relative=True)
     macs = [value(chain.macs, 11, 12) for chain in found]
     assert macs == sorted(macs, reverse=True)
@@ -154,7 +182,7 @@ def test_together_they_lose_less_than_alone():
     with torch.no_grad():
         wanted = model(IMAGES)
     for methods in (("prune",), ("factorize",), ("prune", "factorize")):
-        made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.45, criterion="reconstruction", options=mixed(*methods))
+        made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.45, criterion="sensitivity", options=mixed(*methods))
         errors[methods] = made.error
         small = convpare.recover(convpare.apply(model, made, IMAGES), model, IMAGES)
         with torch.no_grad():

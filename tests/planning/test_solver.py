@@ -276,8 +276,9 @@ def test_what_is_out_of_reach_says_what_is_in_reach(name: str, metric: str, roun
 
 def test_feasible_is_silent():
     _, _, graph = traced("grouped")
-    budget = Budget(0.5)
-    check_feasible(instance(graph, budget, np.random.default_rng(0)), budget, CostModel(graph).cost(full(graph)))
+    budget, model = Budget(0.5), CostModel(graph)
+    fewest = np.array([levels[-1] for levels in allowed_levels(graph, 1)], float)
+    check_feasible(model, fewest, limits_of(model, graph, budget), budget)
 
 
 def test_auto_takes_the_streams_only_where_inner_channels_do_not_suffice():

@@ -87,7 +87,8 @@ def test_a_small_error_changes_the_output_by_so_much():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(24, 3)).double().eval()
     images = torch.randn(3000, 3, 2, 2, dtype=torch.float64)
-    weights = output_moments(model, trace(model, images[:1]).layers, images, batch_size=1000)
+    sampling = Sampling(differentiated=3000)
+    weights = output_moments(model, trace(model, images[:1]).layers, images, sampling, batch_size=1000)
     error = torch.randn(3000, 4, 2, 2, dtype=torch.float64)
     with torch.no_grad():
         y = model[0](images)
@@ -96,6 +97,8 @@ def test_a_small_error_changes_the_output_by_so_much():
     rows = error.movedim(1, 3).flatten(0, 2)
     estimate = ((rows @ weights["0"][0]) * rows).sum() / 3000
     assert float(estimate) == pytest.approx(float(change), rel=0.1)
+    few = output_moments(model, trace(model, images[:1]).layers, images, Sampling(differentiated=50))["0"]
+    assert torch.equal(few, output_moments(model, trace(model, images[:1]).layers, images[:50])["0"])
 
 
 def test_first_tensor():

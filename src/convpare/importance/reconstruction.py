@@ -16,10 +16,9 @@ from torch import Tensor
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Group, Layer
 from convpare.importance.registry import Context, Ranking, criterion
-from convpare.redundancy.moments import Root, Sampling, input_moments, output_moments
+from convpare.redundancy.moments import Root
 
 RIDGE = 1e-4  # relative to the mean second moment
-SAMPLING = Sampling()
 STEPS = 64  # a group is emptied in about so many steps, if its channels allow it
 JOINT = 2.0  # channels go together while that costs at most so many times what they cost one by one
 
@@ -27,24 +26,22 @@ JOINT = 2.0  # channels go together while that costs at most so many times what 
 @criterion("reconstruction", needs_images=True, allocation="global")
 def reconstruction(context: Context) -> dict[str, Ranking]:
     """Relative squared error of the readers' outputs after least-squares compensation (second order, greedy)."""
-    return _ranked(context, "reconstruction", weighted=False)
+    return _ranked(context, weighted=False)
 
 
 @criterion("sensitivity", needs_images=True, allocation="global")
 def sensitivity(context: Context) -> dict[str, Ranking]:
     """The same, as the relative squared error of the network's output that follows from it (Gauss-Newton)."""
-    return _ranked(context, "sensitivity", weighted=True)
+    return _ranked(context, weighted=True)
 
 
-def _ranked(context: Context, name: str, weighted: bool) -> dict[str, Ranking]:
+def _ranked(context: Context, weighted: bool) -> dict[str, Ranking]:
     context.check_options()
-    if context.images is None:
-        raise ConvpareError(f"criterion {name} looks at activations and needs images: give data")
     graph = context.graph
     read = {name for g in context.groups for name in g.consumers if not graph.is_depthwise(graph.layer(name))}
     layers = [layer for layer in graph.layers if layer.name in read]
-    moments = input_moments(context.model, layers, context.images, SAMPLING)
-    outputs = output_moments(context.model, layers, context.images, SAMPLING) if weighted else {}
+    moments = context.moments.inputs(layers)
+    outputs = context.moments.outputs(layers) if weighted else {}
     rankings = {}
     for group in context.groups:
         names = [n for n in group.consumers if n in read]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Graph, Group
+from convpare.redundancy.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Context:
     """What a criterion may look at.
 
     `alive` (channels,) are the channels that no earlier round removed, `only` the groups that need a ranking (None:
-    all of the graph's).
+    all of the graph's), `known` second moments that others have measured, too.
     """
 
     model: nn.Module
@@ -36,11 +38,19 @@ class Context:
     images: Tensor | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     only: tuple[Group, ...] | None = None
+    known: Moments | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups to rank."""
         return self.graph.groups if self.only is None else self.only
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Second moments of the layers over the images. Raises ConvpareError if there are no images."""
+        if self.images is None:
+            raise ConvpareError("this criterion looks at activations and needs images: give data")
+        return self.known or Moments(self.model, self.images)
 
     def check_options(self, *known: str) -> None:
         """Raise unless all options are among these."""

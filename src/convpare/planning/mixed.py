@@ -1,92 +1,54 @@
 """Channels and chains in one choice: the cost of a network whose layers may each be a chain, for any channel counts."""
 
+import contextlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
+from convpare.errors import Infeasible
 from convpare.graph.structure import Graph, Layer
 from convpare.planning.knapsack import choose
 from convpare.planning.options import Chain, dense_cost
-from convpare.planning.solver import CostModel, Ends, Times, whole
+from convpare.planning.solver import CostModel, Ends, Times, price_shares, whole
+
+HALVINGS = 18  # of the range of prices
+SWEEPS = 4  # over all groups, at one price
+TRIED = 33  # levels of a group
 
 
 @dataclass(frozen=True)
 class Choices:
-    """A layer and what it could become, the most expensive first; the first choice of all is the layer as it is."""
+    """A layer and what it could become; choice 0 is the layer as it is, choice 1 its first chain."""
 
     layer: Layer
     chains: tuple[Chain, ...]
 
 
 class MixedModel(CostModel):
-    """MACs, parameters and latency as a function of the counts of all groups and of what each layer becomes.
+    """MACs, parameters and latency as a function of how many channels groups keep and of what each layer becomes."""
 
-    Groups come first, then layers. A layer's levels are what it costs with all channels, as it is and as each chain
-    that no other beats in cost and error; costs in several units add up by their prices.
-
-    Attributes:
-        levels: of each layer, the most expensive first.
-        errors: of each layer at each level.
-        front: of each layer at each level which of its choices that is: 0 as it is, 1 its first chain, …
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        choices: Sequence[Choices],
-        times: Times | None = None,
-        prices: Mapping[str, float] = MappingProxyType({"macs": 1.0}),
-    ) -> None:
+    def __init__(self, graph: Graph, choices: Sequence[Choices], times: Times | None = None) -> None:
         super().__init__(graph, times)
-        self.groups = len(graph.groups)
         self.choices = choices
         number = {axis: i + 1 for i, axis in enumerate(graph.units)}
         self._ends = Ends(graph, [c.layer for c in choices], number)
         self._extra = [_extra(graph, c) for c in choices]  # (choices, metrics, 4): beyond the layer as it is
-        sizes = self._sizes(np.array([g.channels for g in graph.groups], float))
-        price = np.array([prices.get(metric, 0.0) for metric in self.metrics])
-        fronts = [_front(self._costs(n, sizes) @ price, _errors(c)) for n, c in enumerate(choices)]
-        self.front = [at for at, _ in fronts]
-        self.levels = [levels for _, levels in fronts]
-        self.errors = [_errors(c)[at] for c, at in zip(choices, self.front, strict=True)]
-        self._choice = [
-            {float(level): int(i) for level, i in zip(levels, at, strict=True)}
-            for levels, at in zip(self.levels, self.front, strict=True)
-        ]
+        self._taken: dict[tuple[int, int, int], np.ndarray] = {}
         touched = [set(np.flatnonzero(column).tolist()) for column in self._slope.toarray().T]
         self._touched = [self._ends.touched(axes) for axes in touched]  # of each group, layers that it makes narrower
 
-    def _at(self, kept: np.ndarray) -> list[int]:
-        return [choice[float(level)] for choice, level in zip(self._choice, kept[self.groups :], strict=True)]
-
-    def cost(self, kept: np.ndarray) -> dict[str, float]:
-        counts = kept[: self.groups]
-        base, sizes = super().cost(counts), self._sizes(counts)
-        extra = self._summed(self._beyond(n, i, sizes) for n, i in enumerate(self._at(kept)) if i)
+    def with_chains(self, kept: np.ndarray, at: Sequence[int]) -> dict[str, float]:
+        """The cost when groups keep so many channels and layers become these of their choices (0: as they are)."""
+        base, sizes = self.cost(kept), self._sizes(kept)
+        extra = self._summed(self._costs(n, sizes)[i] for n, i in enumerate(at))
         return {metric: base[metric] + float(more) for metric, more in zip(self.metrics, extra, strict=True)}
 
     def least(self, kept: np.ndarray) -> dict[str, float]:
-        base, sizes = super().cost(kept[: self.groups]), self._sizes(kept[: self.groups])
+        base, sizes = self.cost(kept), self._sizes(kept)
         extra = self._summed(self._costs(n, sizes).min(0) for n in range(len(self.choices)))
         return {metric: base[metric] + float(more) for metric, more in zip(self.metrics, extra, strict=True)}
-
-    def saving(self, kept: np.ndarray, group: int, fewer: float) -> dict[str, float]:
-        counts, at = kept[: self.groups], self._at(kept)
-        sizes = self._sizes(counts)
-        if group >= self.groups:
-            n = group - self.groups
-            target = self._choice[n][self._nearest(n, kept[group] - fewer)]
-            saved = self._beyond(n, at[n], sizes) - self._beyond(n, target, sizes)
-            return {metric: float(x) for metric, x in zip(self.metrics, saved, strict=True)}
-        base = super().saving(counts, group, int(fewer))
-        step = np.zeros(self.groups)
-        step[group] = fewer
-        after = sizes - self._slope @ step
-        layers = [n for n in self._touched[group] if at[n]]
-        saved = self._summed(self._beyond(n, at[n], sizes) - self._beyond(n, at[n], after) for n in layers)
-        return {metric: base[metric] + float(x) for metric, x in zip(self.metrics, saved, strict=True)}
 
     def _summed(self, costs: Iterable[np.ndarray]) -> np.ndarray:
         return sum(costs, np.zeros(len(self.metrics)))
@@ -98,7 +60,7 @@ class MixedModel(CostModel):
         Raises:
             Infeasible: no choice is within the limits.
         """
-        base, sizes = super().cost(counts), self._sizes(counts)
+        base, sizes = self.cost(counts), self._sizes(counts)
         at = [self.metrics.index(metric) for metric in limits]
         costs = [self._costs(n, sizes)[:, at] for n in range(len(self.choices))]
         found = choose(
@@ -106,40 +68,134 @@ class MixedModel(CostModel):
         )
         return [c.chains[i - 1] if i else None for c, i in zip(self.choices, found.at, strict=True)], found.gap
 
-    def _nearest(self, layer: int, level: float) -> float:
-        levels = self.levels[layer]
-        return float(levels[np.abs(levels - level).argmin()])
+    def priced(
+        self, levels: Sequence[np.ndarray], curves: Sequence[np.ndarray], limits: Mapping[str, float]
+    ) -> np.ndarray | None:
+        """How many channels each group keeps, so that with the best chains the limits hold; None where none is found.
+
+        Lagrangian: with a price on every cost, one group after the other takes the count at which its error, and what
+        it and its layers cost with their best chains for that count, are least together. The lowest price that meets
+        the limits is searched, and where there are several limits the price of one against the other. Of the most
+        promising counts on the way the best is taken, by the best chains for each.
+
+        Args:
+            levels: the counts that each group may keep, all channels first.
+            curves: the error of each.
+        """
+        searched = [self._around_the_price(levels, curves, limits, shares) for shares in price_shares(list(limits))]
+        searched.sort(key=lambda pair: -pair[0])
+        candidates = dict.fromkeys(at for _, seen in searched[:2] for at in seen)
+        best = None
+        for at in candidates:
+            counts = np.array([allowed[i] for allowed, i in zip(levels, at, strict=True)], float)
+            with contextlib.suppress(Infeasible):
+                chains, _ = self.best_chains(counts, limits)
+                error = sum(float(curve[i]) for curve, i in zip(curves, at, strict=True))
+                error += sum(chain.error for chain in chains if chain is not None)
+                if best is None or error < best[0]:
+                    best = error, counts
+        return None if best is None else best[1]
+
+    def _around_the_price(
+        self, levels: Sequence[np.ndarray], curves: Sequence[np.ndarray], limits: Mapping[str, float],
+        shares: Mapping[str, float],
+    ) -> tuple[float, list[tuple[int, ...]]]:  # fmt: skip
+        """A bound on the error of all choices (Lagrange's dual: prices in the right ratio have the highest), and what
+        groups keep on both sides of the price from which on the limits hold.
+        """
+        share = np.array([shares.get(m, 0.0) for m in self.metrics])
+        limit = np.array([limits.get(m, 1.0) for m in self.metrics])
+        asked = np.isin(self.metrics, list(limits))
+        worst = sum(float(curve[-1]) for curve in curves) + sum(float(_errors(c).max()) for c in self.choices)
+        low, high, dual = 1e-9 * worst, 1e3 * worst, -math.inf
+        within: tuple[int, ...] | None = None
+        beyond: tuple[int, ...] | None = None
+        at = [0] * len(levels)
+        for _ in range(HALVINGS):
+            price = math.sqrt(low * high)
+            at, error, cost = self._descended(levels, curves, price * share / limit, at)
+            excess = (cost - limit) / limit
+            dual = max(dual, error + price * float(share @ excess))
+            if (excess[asked] <= 0).all():
+                high, within = price, tuple(at)
+            else:
+                low, beyond = price, tuple(at)
+        return dual, [seen for seen in (within, beyond) if seen is not None]
+
+    def _descended(
+        self, levels: Sequence[np.ndarray], curves: Sequence[np.ndarray], price: np.ndarray, start: Sequence[int]
+    ) -> tuple[list[int], float, np.ndarray]:
+        """The levels to which no group prefers another at these prices, with the error and cost of all."""
+        at = list(start)
+        sizes = self._sizes(np.array([allowed[i] for allowed, i in zip(levels, at, strict=True)], float))
+        slope = self._slope.toarray()
+        for _ in range(SWEEPS):
+            before = list(at)
+            for g in (g for g, allowed in enumerate(levels) if len(allowed) > 1):
+                tried = _some(len(levels[g]))
+                others = sizes + np.outer(levels[g][tried] - levels[g][at[g]], slope[:, g])  # (tried, axes)
+                values = curves[g][tried] + self._spent(others, g) @ price
+                for n in self._touched[g]:
+                    values += (self._choice_costs(n, others) @ price + _errors(self.choices[n])).min(1)
+                best = int(values.argmin())
+                at[g], sizes = tried[best], others[best]
+            if at == before:
+                break
+        kept = np.array([allowed[i] for allowed, i in zip(levels, at, strict=True)], float)
+        base = self.cost(kept)
+        total = np.array([base[metric] for metric in self.metrics])
+        error = sum(float(curve[i]) for curve, i in zip(curves, at, strict=True))
+        for n, own in enumerate(self.choices):
+            costs, errors = self._costs(n, sizes), _errors(own)
+            best = int(np.argmin(costs @ price + errors))
+            total, error = total + costs[best], error + float(errors[best])
+        return at, error, total
+
+    def _spent(self, sizes: np.ndarray, group: int) -> np.ndarray:
+        """What all that a group touches costs at some sizes of the axes (tried, axes); (tried, metrics)."""
+        rows = self._affected[group]
+        numel = self._constant[rows] * sizes[:, self._axes[rows]].prod(axis=2)
+        spent = [numel @ self._positions[rows], numel.sum(axis=1)]
+        if self._times is not None:
+            layers = self._timed_touched[group]
+            spent.append(np.array([self._latency(own, layers)["latency"] for own in sizes]))
+        return np.stack(spent, axis=1)
 
     def _costs(self, layer: int, sizes: np.ndarray) -> np.ndarray:
         """What each choice costs more than the layer as it is, (choices, metrics)."""
-        return np.stack([self._beyond(layer, i, sizes) for i in range(1 + len(self.choices[layer].chains))])
+        found: np.ndarray = self._choice_costs(layer, sizes[None])[0]
+        return found
 
-    def _beyond(self, layer: int, choice: int, sizes: np.ndarray) -> np.ndarray:
-        """What a layer costs more (less: negative) as one of its choices than as it is, by metric."""
-        into, out = self._ends.of(sizes)[layer]
-        found: np.ndarray = self._extra[layer][choice] @ np.array([1.0, into, out, into * out])
+    def _choice_costs(self, layer: int, sizes: np.ndarray) -> np.ndarray:
+        """The same at some sizes of the axes (tried, axes); (tried, choices, metrics)."""
+        ends = np.stack([self._ends.of(own)[layer] for own in sizes])
+        into, out = ends.T
+        bilinear = np.stack([np.ones_like(into), into, out, into * out], axis=1)
+        costs: np.ndarray = np.einsum("cmb,tb->tcm", self._extra[layer], bilinear)
         if self._times is None:
-            return found
-        own, ends = self.choices[layer], whole(np.array([into, out]))
-        chain = (own.chains[choice - 1].form, (own.chains[choice - 1].rank,)) if choice else None
-        slower = self._times.of(own.layer, chain, *ends) - self._times.of(own.layer, None, *ends)
-        return np.array([*found, slower])
+            return costs
+        return np.concatenate(
+            [costs, np.stack([self._slower(layer, *whole(pair)) for pair in ends])[..., None]], axis=2
+        )
+
+    def _slower(self, layer: int, into: int, out: int) -> np.ndarray:
+        """How many milliseconds each choice takes more than the layer as it is, (choices,)."""
+        if (layer, into, out) not in self._taken:
+            assert self._times is not None
+            own = self.choices[layer]
+            chains = [None, *((chain.form, (chain.rank,)) for chain in own.chains)]
+            taken = np.array([self._times.of(own.layer, chain, into, out) for chain in chains])
+            self._taken[layer, into, out] = taken - taken[0]
+        return self._taken[layer, into, out]
+
+
+def _some(levels: int) -> list[int]:
+    """Of so many levels those that are tried: all, or some evenly spread."""
+    return sorted({round(i) for i in np.linspace(0, levels - 1, min(levels, TRIED))})
 
 
 def _errors(choices: Choices) -> np.ndarray:
     return np.array([0.0, *(chain.error for chain in choices.chains)])
-
-
-def _front(costs: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The choices that no other beats in cost and error, the most expensive (and the layer as it is) first; costs."""
-    front: list[int] = []
-    for i in np.lexsort((errors, costs)):
-        if not front or errors[i] < errors[front[-1]]:
-            front.append(int(i))
-    if front[-1]:  # a chain has no error, and is cheaper
-        front.append(0)
-    at = np.array(front[::-1])
-    return at, costs[at]
 
 
 def _extra(graph: Graph, choices: Choices) -> np.ndarray:

@@ -16,7 +16,7 @@ from convpare.factorize.metric import Metric
 from convpare.factorize.two_factors import TwoFactors
 from convpare.graph.structure import Graph, Layer
 from convpare.redundancy.cuts import Kernel, cuts_of
-from convpare.redundancy.moments import SAMPLING, Sampling, input_moments, output_moments, that_run
+from convpare.redundancy.moments import Moments, that_run
 
 RANKS = 32  # of a form, about so many are tried
 
@@ -48,20 +48,15 @@ def _is_replaceable(model: nn.Module, name: str) -> bool:
     return True
 
 
-def metrics_of(
-    model: nn.Module, layers: Sequence[Layer], images: Tensor, weighted: bool, sampling: Sampling = SAMPLING
-) -> dict[str, Metric]:
+def metrics_of(moments: Moments, layers: Sequence[Layer], weighted: bool) -> dict[str, Metric]:
     """The second moments of whole layers, with `weighted` those of their outputs, too.
 
-    None of layers too wide for it, nor of those that do not run as modules (their owner reads their weight itself).
-
-    Args:
-        images: (n, …) on which the model runs.
-        sampling: `widest` is the number of unknowns from which on a layer is too wide.
+    None of layers too wide for it (see `Sampling`), nor of those that do not run as modules (their owner reads their
+    weight itself).
     """
-    layers = that_run(model, layers, images[:1])
-    inputs = {name: h for name, h in input_moments(model, layers, images, sampling).items() if h.ndim == 3}
-    outputs = output_moments(model, [x for x in layers if x.name in inputs], images, sampling) if weighted else {}
+    layers = that_run(moments.model, layers, moments.images[:1])
+    inputs = {name: h for name, h in moments.inputs(layers).items() if h.ndim == 3}
+    outputs = moments.outputs([x for x in layers if x.name in inputs]) if weighted else {}
     return {name: Metric(moment, outputs.get(name)) for name, moment in inputs.items()}
 
 

@@ -1,6 +1,7 @@
 """From a criterion and a budget to a plan."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from convpare.graph.trace import BEYOND, trace
 from convpare.importance import Ranking, get_criterion
 from convpare.planning.cost import count, planned_cost, total_cost
 from convpare.planning.layer_times import Target
-from convpare.planning.mixed import MixedModel, keep_of
+from convpare.planning.mixed import Choices, MixedModel, keep_of
 from convpare.planning.plan import Plan, RemoveChannels
 from convpare.planning.settings import COMPARABLE, PlanOptions, check_methods
 from convpare.planning.solver import (
@@ -259,6 +260,11 @@ class _Chosen:
     factorizations: tuple[Factorize, ...]
     told: Mapping[str, float]
 
+    @property
+    def error(self) -> float:
+        """What is predicted of all edits."""
+        return float(self.errors[~self.keep].sum()) + sum(edit.error or 0.0 for edit in self.factorizations)
+
 
 def _choose(statistics: Statistics, budget: Budget, options: PlanOptions) -> _Chosen:
     """Channels alone; in later rounds ranked anew on the network with the channels that are gone set to zero."""
@@ -286,42 +292,55 @@ def _choose(statistics: Statistics, budget: Budget, options: PlanOptions) -> _Ch
 
 
 def _choose_mixed(statistics: Statistics, budget: Budget, options: PlanOptions) -> _Chosen:
-    """All is chosen together, with the errors of chains of whole layers; then the chains once more, of what is left of
-    the layers.
+    """Channels and chains with the least predicted error: chosen together, with the errors of chains of whole layers,
+    and the chains once more, of what is left of the layers; or either alone, where that search found no better.
     """
     graph = statistics.graph
-    levels = _levels(graph, options)
-    rankings = statistics.rankings(_movable(graph, options)) if "prune" in options.methods else {}
-    levels = levels if rankings else [allowed[:1] for allowed in levels]
-    curves = [np.zeros(1) if len(allowed) == 1 else _scale(statistics) * _curve(rankings[g.name])[allowed[0] - allowed]
-              for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
     times = statistics.times if budget.latency is not None else None
     offered = [c for name, c in statistics.chains(times is not None).items() if name not in options.exclude]
-    dense = CostModel(graph, times)
-    limits = limits_of(dense, graph, budget)
-    prices = {metric: 1 / max(limit, 1e-300) for metric, limit in limits.items()}
-    model = MixedModel(graph, offered, times, prices)
-    allocation = Allocation(model, [*levels, *model.levels], [*curves, *model.errors], limits)
-    counts = np.array([g.channels for g in graph.groups], float)
-    check_feasible(allocation, budget, dense.cost(counts), _hint(graph, options))
-    keep = graph.keep_all()
+    groups = _movable(graph, options) if "prune" in options.methods else ()
+    rankings = statistics.rankings(groups)
+    levels = [allowed if g.name in rankings else allowed[:1]
+              for g, allowed in zip(graph.groups, _levels(graph, options), strict=True)]  # fmt: skip
+    curves = [np.zeros(1) if len(allowed) == 1 else _scale(statistics) * _curve(rankings[g.name])[allowed[0] - allowed]
+              for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
+    model = MixedModel(graph, offered, times)
+    limits = limits_of(model, graph, budget)
+    check_feasible(model, np.array([allowed[-1] for allowed in levels], float), limits, budget, _hint(graph, options))
+    orders = {name: ranking.order for name, ranking in rankings.items()}
+
+    def chosen(counts: np.ndarray, choices: Sequence[Choices]) -> _Chosen:
+        keep = keep_of(graph, orders, counts)
+        chains, gap = MixedModel(graph, choices, times).best_chains(counts, limits)
+        edits = tuple(
+            Factorize(x.layer.name, chain.form, (chain.rank,), _shape(graph, x.layer, keep), chain.error)
+            for x, chain in zip(choices, chains, strict=True)
+            if chain is not None
+        )
+        return _Chosen(keep, _removal_errors(statistics, rankings), edits, {"gap": gap})
+
+    tries: list[Callable[[], _Chosen]] = [lambda: chosen(model.whole, offered)]
     if rankings:
-        allocate(allocation, exchange=False)
-        counts = allocation.kept[: len(graph.groups)]
-        keep = keep_of(graph, {name: ranking.order for name, ranking in rankings.items()}, counts)
-        left = statistics.chains_after(keep, times is not None)
-        model = MixedModel(graph, [left[choices.layer.name] for choices in offered], times, prices)
-    found, gap = model.best_chains(counts, limits)
-    errors = np.zeros(graph.channels)
-    for group in graph.groups:
+        alone = Allocation(CostModel(graph, times), levels, curves, limits)
+        allocate(alone)
+        tries.append(lambda: chosen(alone.kept, ()))
+        if (counts := model.priced(levels, curves, limits)) is not None:
+            left = statistics.chains_after(keep_of(graph, orders, counts), times is not None)
+            tries.append(lambda: chosen(counts, [left[choices.layer.name] for choices in offered]))
+    found = []
+    for attempt in tries:
+        with contextlib.suppress(Infeasible):
+            found.append(attempt())
+    return min(found, key=lambda choice: choice.error) if found else tries[0]()
+
+
+def _removal_errors(statistics: Statistics, rankings: Mapping[str, Ranking]) -> np.ndarray:
+    """What the removal of each channel adds, (channels,)."""
+    errors = np.zeros(statistics.graph.channels)
+    for group in statistics.graph.groups:
         if group.name in rankings:
             errors[group.start + rankings[group.name].order] = rankings[group.name].errors
-    edits = tuple(
-        Factorize(x.layer.name, chain.form, (chain.rank,), _shape(graph, x.layer, keep), chain.error)
-        for x, chain in zip(offered, found, strict=True)
-        if chain is not None
-    )
-    return _Chosen(keep, _scale(statistics) * errors, edits, {"gap": gap})
+    return _scale(statistics) * errors
 
 
 def _scale(statistics: Statistics) -> float:
@@ -345,9 +364,9 @@ def _counts_by_budget(
     else:
         errors = [np.zeros(1) if len(allowed) == 1 else _curve(rankings[g.name])[allowed[0] - allowed]
                   for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
-    dense = cost.cost(np.array([g.channels for g in graph.groups], float))
-    allocation = Allocation(cost, levels, errors, limits_of(cost, graph, budget))
-    check_feasible(allocation, budget, dense, _hint(graph, options))
+    limits = limits_of(cost, graph, budget)
+    check_feasible(cost, np.array([allowed[-1] for allowed in levels], float), limits, budget, _hint(graph, options))
+    allocation = Allocation(cost, levels, errors, limits)
     allocate(allocation)
     return [int(count) for count in allocation.kept]
 

@@ -1,6 +1,7 @@
 """How many channels each group keeps, so that the budgets hold and the predicted error is small."""
 
 import heapq
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,8 @@ class CostModel:
         self._all_ends = Ends(graph, graph.layers, number)
         touched = [set(np.flatnonzero(column).tolist()) for column in self._slope.toarray().T]
         self._timed_touched = [self._timed_ends.touched(axes) for axes in touched]
-        self._dense_elements = self._elements(self._sizes(np.array([g.channels for g in graph.groups], float)))
+        self.whole = np.array([g.channels for g in graph.groups], float)
+        self._dense_elements = self._elements(self._sizes(self.whole))
 
     def _affected_parameters(self, graph: Graph) -> list[np.ndarray]:
         slope = self._slope.tocsc()
@@ -219,7 +221,7 @@ def allocate(allocation: Allocation, exchange: bool = True) -> None:
     Where single channels matter, it is then improved by exchanges, if these are wanted.
     """
     found = []
-    for prices in _prices(list(allocation.limits)):
+    for prices in price_shares(list(allocation.limits)):
         allocation.at[:] = 0
         _greedy(allocation, prices)
         _fill(allocation)
@@ -229,10 +231,16 @@ def allocate(allocation: Allocation, exchange: bool = True) -> None:
         _exchange(allocation, prices)
 
 
-def _prices(metrics: Sequence[str]) -> list[dict[str, float]]:
+def price_shares(metrics: Sequence[str]) -> list[dict[str, float]]:
+    """What the budgets may cost against each other: all shares in eighths, of three budgets in quarters."""
     if len(metrics) < 2:
         return [dict.fromkeys(metrics, 1.0)]
-    return [{metrics[0]: w, metrics[1]: 1 - w} for w in np.linspace(0, 1, 9)]
+    parts = 8 if len(metrics) == 2 else 4
+    return [
+        {metric: part / parts for metric, part in zip(metrics, shares, strict=True)}
+        for shares in itertools.product(range(parts + 1), repeat=len(metrics))
+        if sum(shares) == parts
+    ]
 
 
 def allowed_levels(graph: Graph, round_to: int) -> list[np.ndarray]:
@@ -257,7 +265,7 @@ def limits_of(model: CostModel, graph: Graph, budget: Budget) -> dict[str, float
     Raises:
         ConvpareError: a budget is on something that the network has none of.
     """
-    dense = model.cost(np.array([g.channels for g in graph.groups], float))
+    dense = model.cost(model.whole)
     limits = {}
     for metric, fraction in budget.fractions.items():
         if not dense[metric]:
@@ -270,10 +278,16 @@ def limits_of(model: CostModel, graph: Graph, budget: Budget) -> dict[str, float
     return limits
 
 
-def check_feasible(allocation: Allocation, budget: Budget, dense: Mapping[str, float], hint: str = "") -> None:
-    """Raise when not even the smallest allowed network meets the budgets, and say what it would reach, and a hint."""
-    least = allocation.model.least(np.array([levels[-1] for levels in allocation.levels], float))
-    for metric, limit in allocation.limits.items():
+def check_feasible(
+    model: CostModel, fewest: np.ndarray, limits: Mapping[str, float], budget: Budget, hint: str = ""
+) -> None:
+    """Raise when not even the smallest allowed network meets the budgets, and say what it would reach, and a hint.
+
+    Args:
+        fewest: the channels that each group must keep.
+    """
+    least, dense = model.least(fewest), model.cost(model.whole)
+    for metric, limit in limits.items():
         if least[metric] > limit:
             share = least[metric] / dense[metric]
             best = math.ceil(1e4 * share) / 1e4

@@ -16,6 +16,7 @@ from convpare.planning.latency import NetworkTimes
 from convpare.planning.layer_times import Target, cached
 from convpare.planning.mixed import Choices
 from convpare.planning.options import chains_of, factorizable, metrics_of
+from convpare.redundancy.moments import Moments
 
 
 class Statistics:
@@ -38,6 +39,7 @@ class Statistics:
     ) -> None:
         self.model, self.graph, self.criterion, self._target = model, graph, criterion, target
         self._images, self._options = images, options
+        self._moments = None if images is None else Moments(model, images)
         self._rankings: dict[str, Ranking] = {}
         self._chains: dict[bool, dict[str, Choices]] = {}
 
@@ -51,7 +53,8 @@ class Statistics:
     def ranked_after(self, alive: np.ndarray, groups: Sequence[Group]) -> dict[str, Ranking]:
         """The same on the network whose channels are set to zero that are not `alive` (channels,)."""
         current = self.model if alive.all() else zeroed(self.model, self.graph, alive)
-        context = Context(current, self.graph, alive, self._images, dict(self._options), tuple(groups))
+        known = self._moments if alive.all() else None
+        context = Context(current, self.graph, alive, self._images, dict(self._options), tuple(groups), known)
         found = self.criterion.rank(context)
         for group in groups:
             _check_ranking(found.get(group.name), group, self.criterion.name)
@@ -65,9 +68,9 @@ class Statistics:
     @cached_property
     def metrics(self) -> dict[str, Metric]:
         """What errors of the layers cost that can be factorized, by the layers' names; see `metrics_of`."""
-        assert self._images is not None, "criteria whose errors compare with those of chains look at images"
+        assert self._moments is not None, "criteria whose errors compare with those of chains look at images"
         layers = factorizable(self.model, self.graph)
-        return metrics_of(self.model, layers, self._images, self.criterion.name == "sensitivity")
+        return metrics_of(self._moments, layers, self.criterion.name == "sensitivity")
 
     def chains(self, timed: bool) -> dict[str, Choices]:
         """What each whole layer could become, by the layers' names; with `timed` what is fast counts, too."""

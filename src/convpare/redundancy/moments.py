@@ -29,12 +29,14 @@ class Sampling:
         per_unknown: output positions for each of a layer's unknowns, at random.
         least: at least so many, where there are as many.
         widest: of a layer with more unknowns only the diagonal of its second moment is taken.
+        differentiated: gradients are computed on at most so many images, each of which costs three forward passes.
         seed: of the drawing of positions, and of directions.
     """
 
-    per_unknown: int = 32
+    per_unknown: int = 8
     least: int = 4096
     widest: int = 6144
+    differentiated: int = 128
     seed: int = 0
 
 
@@ -124,7 +126,7 @@ def output_moments(
 
     def differentiate() -> None:
         with eval_mode(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            for batch in torch.split(images, batch_size):
+            for batch in torch.split(images[: sampling.differentiated], batch_size):
                 x = suited(batch, model).detach().clone().requires_grad_()
                 out = first_tensor(model(x + 0))  # an operator in place must not meet a leaf
                 seen.append(out.detach().double().flatten(1).cpu())
@@ -132,10 +134,35 @@ def output_moments(
                 torch.autograd.grad((out * direction).sum(), x)
 
     _listening(model, layers, listen, differentiate)
-    variance = float(torch.cat(seen).var(0, correction=0).sum())
+    shown = torch.cat(seen)
+    variance = float(shown.var(0, correction=0).sum())
     if not 0 < variance < math.inf:
-        raise ConvpareError(f"the variance of the model's output over {len(images)} images is {variance}; give others")
+        raise ConvpareError(f"the variance of the model's output over {len(shown)} images is {variance}; give others")
     return {name: moment / variance for name, moment in _means(layers, sums, counts, "has gradients with").items()}
+
+
+class Moments:
+    """The second moments of a model's layers over images, each measured when first asked for, and kept."""
+
+    def __init__(self, model: nn.Module, images: Tensor, sampling: Sampling | None = None) -> None:
+        self.model, self.images, self.sampling = model, images, sampling or SAMPLING
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+
+    def inputs(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        """Those of `input_moments`, by the layers' names."""
+        return self._of(layers, self._inputs, input_moments)
+
+    def outputs(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        """Those of `output_moments`, by the layers' names."""
+        return self._of(layers, self._outputs, output_moments)
+
+    def _of(
+        self, layers: Sequence[Layer], known: dict[str, Tensor], measure: Callable[..., dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        if missing := [layer for layer in layers if layer.name not in known]:
+            known |= measure(self.model, missing, self.images, self.sampling)
+        return {layer.name: known[layer.name] for layer in layers}
 
 
 @dataclass(frozen=True, eq=False)
