@@ -1328,11 +1328,11 @@ class Finding:
 
 
 def random_masks(graph: Graph, rng: np.random.Generator, inexact: bool = False) -> np.ndarray:
-    """Every group keeps at least one channel, and any number of others; inexact ones keep all, unless asked for."""
+    """Every group keeps as many channels as must stay, and any others; inexact ones keep all, unless asked for."""
     keep = graph.keep_all()
     for group in graph.groups:
         if inexact or not group.inexact:
-            kept = rng.integers(1, group.channels + 1)
+            kept = rng.integers(group.least, group.channels + 1)
             keep[group.units] = False
             keep[group.start + rng.choice(group.channels, kept, replace=False)] = True
     return keep

@@ -23,7 +23,7 @@ def test_what_is_left_can_be_traced_and_cut_again(seed: int):
     assert all(found.error <= 1e-9 for found in fuzz.check(fuzz.grow(seed, 6), rounds=3))
 
 
-@pytest.mark.parametrize(("seed", "size"), [(105, 10), (106, 11), (233, 10), (272, 1), (910, 15)])
+@pytest.mark.parametrize(("seed", "size"), [(105, 10), (106, 11), (233, 10), (272, 1), (910, 15), (6676, 5)])
 def test_networks_that_once_failed(seed: int, size: int):
     """Parts of one channel several times; k and 2k counting what is no multiple; a norm of its direction's shape; the
     number of one group standing for that of another; half of an odd number of channels."""

@@ -274,6 +274,15 @@ def test_what_is_out_of_reach_says_what_is_in_reach(name: str, metric: str, roun
         planned(name, **{metric: best - 1e-4}, **options)
 
 
+def test_groups_whose_channels_count_each_other_keep_two():
+    """One channel alone has no variance: a layer norm would make nothing of it."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    graph = trace(model, torch.zeros(1, 4))
+    assert {group.name: group.least for group in graph.groups} == {"0": 2, "2": 1}
+    assert [levels.tolist() for levels in allowed_levels(graph, 1)] == [[6, 5, 4, 3, 2], [5, 4, 3, 2, 1]]
+    assert [levels.tolist() for levels in allowed_levels(graph, 4)] == [[6, 4], [5, 4]]
+
+
 def test_feasible_is_silent():
     _, _, graph = traced("grouped")
     budget, model = Budget(0.5), CostModel(graph)

@@ -193,8 +193,8 @@ class Trial:
         )
 
     def _most(self, group: Group) -> np.ndarray:
-        """All channels but one, which alone has no variance where that counts."""
-        return self._any(group, group.channels - (2 if group.inexact and group.channels > 2 else 1))
+        """All channels but those that must stay, at least one."""
+        return self._any(group, max(group.channels - group.least, 1))
 
     def _any(self, group: Group, count: int) -> np.ndarray:
         return np.random.default_rng(group.start).choice(group.channels, count, replace=False)

@@ -88,6 +88,11 @@ class Group:
     def units(self) -> slice:
         return slice(self.start, self.start + self.channels)
 
+    @property
+    def least(self) -> int:
+        """How many channels must stay: one, and two where others count them, since one alone has no variance."""
+        return min(2 if self.inexact else 1, self.channels)
+
 
 @dataclass(frozen=True)
 class Frozen:

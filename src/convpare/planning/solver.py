@@ -249,6 +249,7 @@ def allowed_levels(graph: Graph, round_to: int) -> list[np.ndarray]:
     for group in graph.groups:
         step = round_to // math.gcd(round_to, *_copies(graph, group))
         below = np.arange(step, group.channels, step)[::-1]
+        below = below[below >= group.least]
         levels.append(np.concatenate([[group.channels], below]))
     return levels
 
