@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.convpare-ready
 
-.PHONY: demo test lint setup results zoo truncation kr-ablation fuzz lock clean
+.PHONY: demo test lint setup results zoo peers truncation kr-ablation fuzz lock clean
 
 demo: $(STAMP)
 	$(BIN)/convpare demo
@@ -34,6 +34,10 @@ results: $(STAMP)
 # Every convolutional model of torchvision and timm; a second run goes on where the first stopped (docs/results/zoo.json).
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py $(ARGS)
+
+# Torch-Pruning and TensorLy at the budgets of the results, on the same networks and images.
+peers: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py
 
 # Norm loss against accuracy along every cut, on CIFAR-10 and CIFAR-100 (docs/results/truncation.md).
 truncation: $(STAMP)

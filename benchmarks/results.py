@@ -164,6 +164,47 @@ def speed(spec: str) -> Callable[[], dict[str, Any]]:
     return run
 
 
+def share(runtime: str, batch: int) -> Callable[[], dict[str, Any]]:
+    """ResNet-50 at half of the MACs and at 0.9 of what that could be in time: the network that was found, timed.
+
+    Weights are random: times do not depend on them.
+    """
+
+    def run() -> dict[str, Any]:
+        from convpare import CompressOptions, PlanOptions, compress
+        from convpare.bench import BenchOptions, bench
+        from convpare.planning.layer_times import Target
+
+        torch.manual_seed(0)
+        model, example = load_model("torchvision:resnet50").module, torch.zeros(1, 3, 224, 224)
+        options = PlanOptions(scope="all", target=Target(runtime, batch, 2))
+        done = compress(model, example, macs=0.5, latency=0.5 / 0.9, criterion="l2",
+                        options=CompressOptions(options, recover=None))  # fmt: skip
+        timed = bench({"dense": model, "small": done.model}, example, BenchOptions((runtime,), (batch,), (2,), 20.0))
+        return {**done.to_json(), "bench": timed.to_json()}
+
+    return run
+
+
+def latency() -> None:
+    for runtime in ("eager", "onnxruntime"):
+        for batch in (1, 64):
+            point(f"latency-{runtime}-{batch}", share(runtime, batch))
+
+
+def latency_rows() -> list[str]:
+    rows = []
+    for name, found in stored("latency-").items():
+        (setting,) = found["bench"]["settings"]
+        runtime, _, batch = name.rpartition("-")
+        dense, small = (spread["median"] for spread in setting["milliseconds"])
+        rows.append(
+            f"| {runtime} | {batch} | {dense:.1f} | {small:.1f} | {setting['speedups'][1]['median']:.2f} | "
+            f"{1 / found['achieved']['macs']:.2f} | {setting['share_of_macs_ratio'][1]:.2f} |"
+        )
+    return rows
+
+
 def accuracy() -> None:
     point("resnet56-dense", command(f"evaluate {RESNET56}"))
     for criterion in ("qsfm-ssim", "qsfm-psnr", "l1", "l2", "reconstruction"):
@@ -238,6 +279,15 @@ def mixed_rows() -> list[str]:
     ]
 
 
+def peer_rows() -> list[str]:
+    """The peers' networks (benchmarks/peers.py): right after surgery, and after our batch-norm recalibration."""
+    return [
+        f"| {name.replace('-', ', ', 2)} | {p['macs']:.4f} | {p['params']:.4f} | {p['top1']:.2f} | "
+        f"{p['top1_recalibrated']:.2f} |"
+        for name, p in stored("peer-").items()
+    ]
+
+
 def tables() -> str:
     """docs/results/README.md, from the stored points."""
     head = (
@@ -267,14 +317,14 @@ def tables() -> str:
             dense, seeds_of("qsfm-point-qsfm-ssim")[0], *(seeds_of(name)[0] for name in LABELS if seeds_of(name)),
             *seeds_of("mixed-point-mixed")[:1], mobile, stored("mobilenet-reconstruction")[""],
         )),
-        mixed="\n".join(mixed_rows()),
+        mixed="\n".join(mixed_rows()), latency="\n".join(latency_rows()), peers="\n".join(peer_rows()),
         checked="\n".join(checked), timed="\n".join(timed),
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("accuracy", "mixed", "structure", "timing"))
+    parser.add_argument("part", nargs="?", choices=("accuracy", "mixed", "structure", "timing", "latency"))
     part = parser.parse_args().part
     if "CONVPARE_SHARED" not in os.environ:
         sys.exit("CONVPARE_SHARED does not name the folder of real data and weights")
@@ -284,6 +334,6 @@ if __name__ == "__main__":
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for each in [part] if part else ["structure", "timing", "accuracy", "mixed"]:
-        {"accuracy": accuracy, "mixed": mixed, "structure": structure, "timing": timing}[each]()
+    for each in [part] if part else ["structure", "timing", "latency", "accuracy", "mixed"]:
+        {"accuracy": accuracy, "mixed": mixed, "structure": structure, "timing": timing, "latency": latency}[each]()
     (ROOT / "docs" / "results" / "README.md").write_text(tables())
