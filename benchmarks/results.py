@@ -227,7 +227,7 @@ def mixed() -> None:
     for seed in SEEDS:
         for name, (network, budget) in MIXED.items():
             for label, methods in METHODS.items():
-                line = f"compress {network} {budget} --methods {methods} --criterion reconstruction --seed {seed}"
+                line = f"compress {network} {budget} --methods {methods} --criterion sensitivity --seed {seed}"
                 point(f"{name}-{label}-{seed}", command(line))
 
 
