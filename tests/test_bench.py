@@ -158,3 +158,5 @@ def test_networks_that_do_not_run():
         bench({"net": net().eval()}, torch.zeros(1, 5, 12, 12), FAST)
     with pytest.raises(ConvpareError, match="no runtime"):
         ready("tensorrt", net(), [X])
+    with pytest.raises(ConvpareError, match=r"Sequential does not run on 1×2×12×12: RuntimeError: "):
+        ready("eager", net(), [torch.zeros(1, 2, 12, 12)])

@@ -121,6 +121,10 @@ def test_what_one_planner_makes_is_what_plan_makes():
     assert "0" not in {e.group for e in kept.edits} | {e.layer for e in kept.factorizations}
     with pytest.raises(ConvpareError, match="no group 'nowhere'"):
         making.plan(Budget(0.5), exclude=("nowhere",))
+    head = making.plan(Budget(0.5), methods=("prune",), exclude=("9",))  # a layer, which is no group
+    assert head.edits == making.plan(Budget(0.5), methods=("prune",)).edits
+    with pytest.raises(ConvpareError, match="no group '9'"):
+        planner(PlanOptions(images=64)).plan(Budget(0.5), exclude=("9",))
 
 
 def test_edited_by_hand():

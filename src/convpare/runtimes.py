@@ -49,7 +49,11 @@ def ready(runtime: str, model: nn.Module, inputs: Sequence[Tensor]) -> Run:
     if runtime not in RUNTIMES:
         raise ConvpareError(f"no runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
     with eval_mode(model), torch.inference_mode(), torch.random.fork_rng(devices=[]):
-        expected = tensors_of(model(*inputs))
+        try:
+            expected = tensors_of(model(*inputs))
+        except Exception as error:  # the model may be anybody's, and may raise anything
+            shapes = ", ".join("×".join(map(str, x.shape)) for x in inputs)
+            raise ConvpareError(f"{type(model).__name__} does not run on {shapes}: {_first_line(error)}") from error
         run = {"eager": _eager, "compile": _compiled, "onnxruntime": _session}[runtime](model, tuple(inputs))
         _compare(runtime, expected, run())
     return run

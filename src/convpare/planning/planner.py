@@ -136,8 +136,9 @@ class Planner:
         if not graph.groups and "factorize" not in options.methods:
             reason = "inspect says why every channel stays"
             raise Infeasible(f"nothing in {graph.model} can be removed; {reason}{_hint(graph, options)}")
+        layers = {layer.name for layer in graph.layers} if "factorize" in self._options.methods else set()
         for name in options.exclude:
-            if "factorize" not in options.methods or all(layer.name != name for layer in graph.layers):
+            if name not in layers:
                 graph.group(name)
         own = self._of_what_merges_left(budget)
         settled = replace(options, scope=_resolve_scope(self.statistics, own, options))
