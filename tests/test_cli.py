@@ -657,6 +657,15 @@ def test_folder_without_labels(run: Run):
     assert "images: no labels" in result.out
 
 
+def test_images_of_another_size_are_said(run: Run):
+    """40×40 is near enough to 32×32; twelve times the pixels is not."""
+    near = run("evaluate convpare:resnet20 --data classes")
+    assert "was made for" not in near.err
+    far = run("evaluate convpare:resnet20 --data classes --resize 110")
+    assert far.code == 0
+    assert re.search(r"warning: the images of classes are 3×110×110, .* made for 3×32×32: give --resize", far.err)
+
+
 def test_class_folders(run: Run):
     Path("names.txt").write_text("dog\ncat\n")
     result = run("evaluate convpare:resnet20 --data classes --classes names.txt --json c.json")

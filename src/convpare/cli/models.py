@@ -1,5 +1,6 @@
 """Models, images and inputs that are named on the command line."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from convpare.data import Data, Preprocessing, load_data
 from convpare.errors import ConvpareError
 from convpare.modes import eval_mode
 from convpare.zoo import is_builtin, load_model
+
+FAR = 4.0  # times as many pixels
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def open_data(arguments: DataArguments, opened: Opened, tell: terminal.Tell, tes
         with _naming(spec):
             found.append(load_data(spec, mean=mean, std=std, resize=arguments.resize, crop=arguments.crop,
                                    default=opened.preprocessing, classes=classes))  # fmt: skip
+        _compare_sizes(opened, found[-1])
         _try_out(opened, found[-1])
     data = found[0] if len(found) == 1 else found[0].tested_on(found[1])
     for name in data.skipped[:5]:
@@ -113,6 +117,19 @@ def _naming(spec: str) -> Iterator[None]:
         yield
     except ConvpareError as error:
         raise ConvpareError(str(error) if spec in str(error) else f"{spec}: {error}") from error
+
+
+def _compare_sizes(opened: Opened, data: Data) -> None:
+    """Say where images are far from the size that the model was made for: they may take much time and memory."""
+    if opened.input_shape is None:
+        return
+    known, shape = opened.input_shape[1:], tuple(data.train.shape)
+    ratio = math.prod(shape[1:]) / math.prod(known[1:])
+    if not 1 / FAR < ratio < FAR:
+        terminal.warn(
+            f"the images of {data.spec} are {'×'.join(map(str, shape))}, {opened.name} was made for "
+            f"{'×'.join(map(str, known))}: give --resize and --crop if that is not meant"
+        )
 
 
 def _try_out(opened: Opened, data: Data) -> None:
