@@ -810,6 +810,9 @@ def test_a_budget_of_latency(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path
         assert "latency under the budget of × 0.95" in result.out
     else:
         assert re.search(r"latency 0\.95 was asked for", result.err)
+    swept = run(f"plan {DIGITS} {how} --sweep")
+    assert swept.code == 0
+    assert re.search(r"latency asked +MACs +parameters +latency +error", swept.out)
     (tmp_path / next(tmp_path.iterdir()).name).write_text("{")
     damaged = run(f"plan {DIGITS} {how}")
     assert damaged.code == 1

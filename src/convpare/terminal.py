@@ -276,14 +276,17 @@ def _target(plan: Plan) -> str:
 def show_trade_off(found: TradeOff) -> None:
     """A row for each budget on the way."""
     asked = list(found.steps[0][0].fractions)
-    table = _table(*(f"{m} asked" for m in asked), "MACs", "parameters", "error", "channels gone", "chains", "scope")
+    timed = ["latency"] if "latency" in asked else []
+    columns = ["MACs", "parameters", *timed, "error", "channels gone", "chains", "scope"]
+    table = _table(*(f"{m} asked" for m in asked), *columns)
     for budget, plan, _ in found.steps:
         row = [f"× {fraction:.3f}" for fraction in budget.fractions.values()]
         if plan is None:
-            table.add_row(*row, *["-"] * 6)
+            table.add_row(*row, *["-"] * len(columns))
             continue
         gone = sum(edit.removed for edit in plan.edits)
         shares = [f"× {plan.achieved[metric]:.4f}" for metric in ("macs", "params")]
+        shares += [f"× {plan.options['latency_ms'][1] / plan.options['latency_ms'][0]:.4f}" for _ in timed]
         chains = f"{len(plan.factorizations):,}"
         table.add_row(*row, *shares, f"{plan.error:.3g}", f"{gone:,}", chains, plan.options["scope"])
     _show_table(table)
