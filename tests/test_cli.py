@@ -972,6 +972,17 @@ def test_sentences_are_plain_text(capsys: pytest.CaptureFixture[str]):
     assert captured.err == "warning: [red]x[/]\nerror: a [1, 2]\n"
 
 
+def test_what_libraries_print_is_no_result():
+    """C code that writes to standard output while work goes on: the results alone are there."""
+    program = (
+        "import ctypes\nfrom convpare import terminal\nlibrary = ctypes.CDLL(None)\n"
+        "with terminal.progress():\n    library.puts(b'chatter')\nterminal.show('result')\nlibrary.puts(b'later')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == ["later", "result"]
+    assert done.stderr.split() == ["chatter"]
+
+
 def test_progress_in_logs():
     file = io.StringIO()
     lines = terminal._Lines(Console(file=file), first=0.15, later=60.0)

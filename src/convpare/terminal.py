@@ -1,5 +1,7 @@
 """Tables, progress and messages for people. Results go to standard output, everything else to standard error."""
 
+import contextlib
+import ctypes
 import itertools
 import math
 import os
@@ -69,7 +71,35 @@ def fail(text: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Tell]:
-    """What is being done, on standard error: a bar that is gone afterwards, or lines where that is no terminal."""
+    """What is being done, on standard error: a bar that is gone afterwards, or lines where that is no terminal.
+
+    What libraries print meanwhile goes there, too (the solver's, in C, cannot be told to be silent).
+    """
+    with _results_alone(), _progress() as tell:
+        yield tell
+
+
+@contextmanager
+def _results_alone() -> Iterator[None]:
+    """Keep standard output for results: what is written to its file descriptor goes to standard error."""
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of the two is closed
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # where the C library is found by another name
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def _progress() -> Iterator[Tell]:
     console = _console(error=True)
     if not console.is_terminal:
         lines = _Lines(console)
