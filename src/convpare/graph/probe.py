@@ -193,8 +193,8 @@ class Trial:
         )
 
     def _most(self, group: Group) -> np.ndarray:
-        """All channels but those that must stay, at least one."""
-        return self._any(group, max(group.channels - group.least, 1))
+        """All channels but those that must stay; of two that count each other one, of one channel none."""
+        return self._any(group, max(group.channels - group.least, min(group.channels - 1, 1)))
 
     def _any(self, group: Group, count: int) -> np.ndarray:
         return np.random.default_rng(group.start).choice(group.channels, count, replace=False)
