@@ -177,8 +177,8 @@ def share(runtime: str, batch: int) -> Callable[[], dict[str, Any]]:
 
         torch.manual_seed(0)
         model, example = load_model("torchvision:resnet50").module, torch.zeros(1, 3, 224, 224)
-        options = PlanOptions(scope="all", target=Target(runtime, batch, 2))
-        done = compress(model, example, macs=0.5, latency=0.5 / 0.9, criterion="l2",
+        options = PlanOptions(scope="all", latency=0.5 / 0.9, target=Target(runtime, batch, 2))
+        done = compress(model, example, macs=0.5, criterion="l2",
                         options=CompressOptions(options, recover=None))  # fmt: skip
         timed = bench({"dense": model, "small": done.model}, example, BenchOptions((runtime,), (batch,), (2,), 20.0))
         return {**done.to_json(), "bench": timed.to_json()}

@@ -113,7 +113,6 @@ def compress(
     *,
     macs: float | None = None,
     params: float | None = None,
-    latency: float | None = None,
     criterion: str = "qsfm-ssim",
     options: CompressOptions = CompressOptions(),
     on_progress: Progress | None = None,
@@ -129,7 +128,7 @@ def compress(
         ConvpareError: as `plan`, `apply` and `recover`, or recovery is wanted without images; nothing has been changed.
     """
     recovery = _wanted(options, data)
-    budget = options.plan.budget(macs, params, latency)
+    budget = options.plan.budget(macs, params)
     tell = on_progress or (lambda *_: None)
     started = time.perf_counter()
     tell("tracing", 0, 1)
@@ -171,7 +170,8 @@ def carry_through(
     tell("surgery and self-check", 0, 1)
     small, check = carry_out(model, plan, data)
     assert check is not None
-    made = plan_of(small) or plan
+    made = plan_of(small)  # with its cost made true
+    assert made is not None
     found = _Try((), made, small, check, (), (time.perf_counter() - started, 0.0))
     return _measured(model, _recovered(found, model, data, recovery, tell), 0.0, data, options.test_limit, {}, tell)
 
@@ -217,9 +217,7 @@ class _Try:
         return 0.0 if self.recovered is None else self.recovered.errors[self.recovered.method]
 
 
-def _carried_out(
-    model: nn.Module, planner: Planner, budget: Budget, methods: tuple[str, ...], tell: Progress
-) -> _Try:  # fmt: skip
+def _carried_out(model: nn.Module, planner: Planner, budget: Budget, methods: tuple[str, ...], tell: Progress) -> _Try:
     """Plan, remove and check; what fails the check is left whole, what is too slow is planned with less time."""
     started = time.perf_counter()
     excluded: tuple[str, ...] = ()

@@ -208,8 +208,8 @@ def test_compress_meets_what_is_measured(machine: Callable[[Any], None], monkeyp
         return [WHOLE, WHOLE * measured[-1]]
 
     monkeypatch.setattr(compress_module, "timed_beside", clock)
-    options = CompressOptions(PlanOptions(images=64, scope="all", target=Target("eager", 4, 1)), None)
-    done = compress(net(), X, IMAGES, latency=0.6, criterion="reconstruction", options=options)
+    options = CompressOptions(PlanOptions(images=64, scope="all", latency=0.6, target=Target("eager", 4, 1)), None)
+    done = compress(net(), X, IMAGES, criterion="reconstruction", options=options)
     assert len(measured) > 1
     assert measured[-1] <= 0.6 < measured[0]
     assert done.plan.requested == {"latency": 0.6}
@@ -217,7 +217,7 @@ def test_compress_meets_what_is_measured(machine: Callable[[Any], None], monkeyp
     assert done.latency == (WHOLE, WHOLE * measured[-1])
     monkeypatch.setattr(compress_module, "timed_beside", lambda *_: [WHOLE, 0.9 * WHOLE])
     with pytest.raises(Infeasible, match=r"latency 0\.6 was asked for; 5 plans .* the last takes 0\.900"):
-        compress(net(), X, IMAGES, latency=0.6, criterion="reconstruction", options=options)
+        compress(net(), X, IMAGES, criterion="reconstruction", options=options)
 
 
 def test_real_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -253,5 +253,5 @@ def test_layers_that_are_no_plain_modules_are_in_the_rest(machine: Callable[[Any
 def test_budgets_without_sense():
     for given in ({"latency": 0.0}, {"latency": 1.5}, {"latency": float("nan")}):
         with pytest.raises(ConvpareError, match="the latency budget is"):
-            convpare.plan(net(), X, criterion="l2", **given)  # type: ignore[arg-type]
+            convpare.plan(net(), X, criterion="l2", options=PlanOptions(**given))  # type: ignore[arg-type]
     assert next(Budget(0.5, latency=0.5).approached(2)) == replace(Budget(0.75), latency=0.75)

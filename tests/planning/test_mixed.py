@@ -175,20 +175,25 @@ def test_within_the_budgets(methods: tuple[str, ...], criterion: str):
     assert made.options["methods"] == list(methods)
 
 
-def test_together_they_lose_less_than_alone():
-    """By the plan's own prediction, and in what the network puts out after calibration."""
+@pytest.mark.parametrize("criterion", ["reconstruction", "sensitivity"])
+def test_together_they_lose_less_than_alone(criterion: str):
+    """By the plan's own prediction; and in what the network puts out after calibration, where that is predicted.
+
+    By reconstruction, which predicts the errors of layers, removals alone come nearer to this network's output.
+    """
     model = net()
     errors, outputs = {}, {}
     with torch.no_grad():
         wanted = model(IMAGES)
     for methods in (("prune",), ("factorize",), ("prune", "factorize")):
-        made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.45, criterion="sensitivity", options=mixed(*methods))
+        made = convpare.plan(model, IMAGES[:1], IMAGES, macs=0.45, criterion=criterion, options=mixed(*methods))
         errors[methods] = made.error
         small = convpare.recover(convpare.apply(model, made, IMAGES), model, IMAGES)
         with torch.no_grad():
             outputs[methods] = float((small(IMAGES) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
     assert errors["prune", "factorize"] < min(errors["prune",], errors["factorize",])
-    assert outputs["prune", "factorize"] < outputs["prune",]
+    if criterion == "sensitivity":
+        assert outputs["prune", "factorize"] < outputs["prune",]
 
 
 def test_chains_alone_are_the_best_there_are():

@@ -136,8 +136,8 @@ def compress_command(
         images = open_data(data, opened, tell, data.test)
         example = example_of(shape, opened, images)
         done = compress(
-            opened.module, example, images, macs=fractions.macs, params=fractions.params, latency=fractions.latency,
-            criterion=method.criterion, options=options, on_progress=tell,
+            opened.module, example, images, macs=fractions.macs, params=fractions.params, criterion=method.criterion,
+            options=options, on_progress=tell,
         )  # fmt: skip
         figures = _measure_and_save(opened, done, example, images, result.output, tell)
         write_json(result.json_file, figures.to_json())

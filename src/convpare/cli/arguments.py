@@ -281,7 +281,7 @@ class MethodArguments:
             methods=tuple(name.strip() for name in self.methods.split(",") if name.strip()),
             scope=self.scope, allocation=self.allocation, round_to=self.round_to, exclude=exclude,
             inexact=self.inexact, merge=self.merge, images=self.images, rounds=self.rounds, threshold=budget.threshold,
-            seed=self.seed, target=budget.target, criterion_options=criterion_options,
+            seed=self.seed, latency=budget.latency, target=budget.target, criterion_options=criterion_options,
         )  # fmt: skip
 
 

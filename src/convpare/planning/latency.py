@@ -106,8 +106,7 @@ class NetworkTimes:
         elif signatures[0].groups:
             yield signatures[0], *((into, out * layer.groups) if transposed else (into * layer.groups, out))
         else:  # depthwise: along one axis of the weight are channels, along the other the outputs that each has
-            each = into if not transposed else out
-            yield signatures[0], *((into, into * each) if transposed else (max(out // self._multiplier(layer), 1), out))
+            yield signatures[0], *((into, into * out) if transposed else (max(out // self._multiplier(layer), 1), out))
 
     def _multiplier(self, layer: Layer) -> int:
         """How many outputs each channel of a depthwise convolution has."""

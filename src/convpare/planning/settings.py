@@ -37,7 +37,8 @@ class PlanOptions:
         threshold: instead of budgets: remove what the criterion's error rates at or below it (QSFM-SSIM: 0.1 removes
             channels with SSIM ≥ 0.9).
         seed: of the choice of images.
-        target: where the network is to run, for budgets of latency.
+        latency: a budget beside the others, as a fraction of the network's time on the target.
+        target: where the network is to run.
         criterion_options: what the criterion itself takes, see e.g. `QSFMOptions`.
     """
 
@@ -52,6 +53,7 @@ class PlanOptions:
     rounds: int = 1
     threshold: float | None = None
     seed: int = 0
+    latency: float | None = None
     target: Target = field(default_factory=Target)
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,9 +72,9 @@ class PlanOptions:
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise ConvpareError(f"threshold is {self.threshold}; expected a number of 0 or more")
 
-    def budget(self, macs: float | None, params: float | None, latency: float | None) -> Budget:
+    def budget(self, macs: float | None, params: float | None) -> Budget:
         """The budget. Raises ConvpareError where there is a threshold, too, or neither."""
-        budget = Budget(macs, params, latency)
+        budget = Budget(macs, params, self.latency)
         if bool(budget.fractions) == (self.threshold is not None):
             raise ConvpareError(
                 "give either a budget (macs, params, latency) or a threshold: macs=0.5 for half of the MACs"

@@ -15,7 +15,7 @@ from convpare.errors import ConvpareError, Infeasible
 from convpare.graph.structure import Axis, Graph, Group, Layer
 
 METRICS = ("macs", "params")
-Link = tuple[str, tuple[int, ...]]  # a chain: its form and ranks
+AsChain = tuple[str, tuple[int, ...]]  # a form and its ranks
 REACH = 4  # levels up and down that an exchange tries
 GRAIN = 0.01  # share of the whole error from which on single levels matter
 
@@ -28,7 +28,7 @@ class Times(Protocol):
     @property
     def timed(self) -> list[Layer]: ...
 
-    def of(self, layer: Layer, chain: Link | None, into: int, out: int) -> float: ...
+    def of(self, layer: Layer, chain: AsChain | None, into: int, out: int) -> float: ...
 
 
 class Ends:
