@@ -1,14 +1,14 @@
-"""How long all cuts of all 53 convolutions of ResNet-50 take: ours, beside plain routes. `python benchmarks/spectra.py`"""
+"""How long all cuts of the 53 convolutions of ResNet-50 take, beside plain routes: `python benchmarks/spectra.py`."""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from zoo import import_zoos  # beside this file
 
 from convpare.graph import trace
 from convpare.redundancy.cuts import Kernel, cuts_of
 from convpare.redundancy.kernels import measure_kernels
 from convpare.timing import in_turn
+from zoo import import_zoos  # beside this file
 
 
 def plain_gram(matrix: Tensor) -> Tensor:
