@@ -1,5 +1,7 @@
 """Second moments of inputs and of Jacobians, against autograd and against the sums written out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
 from convpare.graph import Graph, trace
-from convpare.redundancy.moments import Sampling, first_tensor, input_moments, output_moments
+from convpare.redundancy.moments import Sampling, first_tensor, input_moments, moments_of_both, output_moments
 
 ALL = Sampling(per_unknown=10**6)
 
@@ -99,6 +101,17 @@ def test_a_small_error_changes_the_output_by_so_much():
     assert float(estimate) == pytest.approx(float(change), rel=0.1)
     few = output_moments(model, trace(model, images[:1]).layers, images, Sampling(differentiated=50))["0"]
     assert torch.equal(few, output_moments(model, trace(model, images[:1]).layers, images[:50])["0"])
+
+
+def test_both_in_one_go():
+    model, graph, images = net()
+    inputs, outputs = moments_of_both(model, graph.layers, images, replace(ALL, differentiated=4), batch_size=3)
+    for name, found in input_moments(model, graph.layers, images, ALL).items():
+        torch.testing.assert_close(inputs[name], found, rtol=1e-5, atol=1e-6)
+    for name, found in output_moments(model, graph.layers, images[:4], ALL, batch_size=3).items():
+        torch.testing.assert_close(outputs[name], found, rtol=1e-6, atol=0)
+    with pytest.raises(ConvpareError, match=r"the model failed on images of shape \(3, 2, 9, 9\)"):
+        moments_of_both(model, graph.layers, images[:, :2], ALL, batch_size=3)
 
 
 def test_first_tensor():

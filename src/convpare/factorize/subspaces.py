@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from convpare.redundancy.gram import lower_gram
+
 COARSE = 1e-4
 """Share of the squared norm: where a truncation drops more, a Gram matrix in float32 is accurate enough.
 
 Its rounding, some 1e-7 of the largest eigenvalue, moves the dropped share in second order only.
 """
-
-STRIPE = 128
 
 
 def basis(matrix: Tensor, rank: int) -> Tensor:
@@ -55,7 +55,7 @@ def singular_values(matrix: Tensor) -> Tensor:
         values: Tensor = torch.linalg.svdvals(matrix)
         return values
     wide = (matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT).double()
-    squares: Tensor = torch.linalg.eigvalsh(_lower_gram(wide))
+    squares: Tensor = torch.linalg.eigvalsh(lower_gram(wide))
     return squares.clamp_min(0).sqrt().flip(-1)
 
 
@@ -74,19 +74,10 @@ def project(tensor: Tensor, vectors: Tensor, axis: int) -> Tensor:
 def _eigenvectors(short: Tensor, rank: int) -> Tensor:
     """Of M·Mᵀ, where M has no more rows than columns; float64, the largest first."""
     if short.device.type == "cpu":  # elsewhere a product in float32 may be one in TF32
-        values, vectors = torch.linalg.eigh(_lower_gram(short).double())
+        values, vectors = torch.linalg.eigh(lower_gram(short).double())
         if float(values[..., :-rank].sum()) > COARSE * float(values.sum()):
             return _last(vectors, rank)
-    return _last(torch.linalg.eigh(_lower_gram(short.double())).eigenvectors, rank)
-
-
-def _lower_gram(matrix: Tensor) -> Tensor:
-    """M·Mᵀ on and below the diagonal, which is all that `eigh` reads; above it not all."""
-    rows = matrix.shape[-2]
-    gram = matrix.new_zeros(*matrix.shape[:-1], rows)
-    for start in range(0, rows, STRIPE):
-        gram[..., start:, start : start + STRIPE] = matrix[..., start:, :] @ matrix[..., start : start + STRIPE, :].mT
-    return gram
+    return _last(torch.linalg.eigh(lower_gram(short.double())).eigenvectors, rank)
 
 
 def _last(vectors: Tensor, rank: int) -> Tensor:

@@ -40,8 +40,7 @@ def _ranked(context: Context, weighted: bool) -> dict[str, Ranking]:
     graph = context.graph
     read = {name for g in context.groups for name in g.consumers if not graph.is_depthwise(graph.layer(name))}
     layers = [layer for layer in graph.layers if layer.name in read]
-    moments = context.moments.inputs(layers)
-    outputs = context.moments.outputs(layers) if weighted else {}
+    moments, outputs = context.moments.both(layers) if weighted else (context.moments.inputs(layers), {})
     rankings = {}
     for group in context.groups:
         names = [n for n in group.consumers if n in read]

@@ -29,6 +29,7 @@ from convpare.graph.structure import Graph, Layer
 from convpare.graph.tracer import operator_name
 from convpare.recovery.lockstep import Run, aligned
 from convpare.redundancy.cuts import Kernel
+from convpare.redundancy.gram import gram
 from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
@@ -197,13 +198,13 @@ def _sites(
 
 
 def _whole(site: Site, run: Run, teacher: nn.Module, edit: Factorize, options: LeastSquares) -> Site | None:
-    """The layer that a chain of two stands for, as a site at the chain's first layer, where it can be fitted as one."""
+    """The layer that a planned chain stands for, as a site at the chain's first layer, where it can be fitted so."""
     module = teacher.get_submodule(edit.layer)
     first = next(n for n in run.nodes if _weight_name(run, n) == f"{edit.layer}.0.weight")
     padded = getattr(module, "padding_mode", "zeros") != "zeros"
     late = site.other is not None and run.position.get(site.other, -1) >= run.position[first]
     wide = math.prod(edit.shape[1:]) > options.widest
-    if padded or late or wide or "|" not in edit.form:
+    if padded or late or wide or not ("|" in edit.form or edit.form == "tucker2"):
         return None
     layer = replace(site.layer, name=edit.layer, weight=edit.layer)
     return replace(site, layer=layer, node=first, geometry=Geometry.of_module(module))
@@ -351,7 +352,7 @@ class _Problem:
         intercept = self.bias is not None or self.mean is not None
         centre = self.x.mean(2, keepdim=True) if intercept else torch.zeros_like(self.x[:, :, :1])
         x = self.x - centre
-        moment = ((x @ x.mT).double() if intercept else second_moment(x)) / x.shape[2]
+        moment = (gram(x).double() if intercept else second_moment(x)) / x.shape[2]
         ridge = options.ridge * moment.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
         eye = torch.eye(moment.shape[1], dtype=torch.float64, device=moment.device) * ridge[:, None, None]
         factor, failed = torch.linalg.cholesky_ex(moment + eye)

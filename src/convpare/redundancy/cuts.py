@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from convpare.errors import ConvpareError
+from convpare.redundancy.gram import lower_gram
 
 SPATIAL = ("", "w", "hw", "dhw")
 Route = Literal["auto", "gram", "svd"]
@@ -290,18 +291,8 @@ def spectra(kernel: Kernel, cuts: Iterable[Cut] | None = None, route: Route = "a
 
 def _by_gram(matrix: Tensor) -> Tensor:
     short = matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT
-    squares: Tensor = torch.linalg.eigvalsh(_lower_gram(short)).clamp_min(0)
+    squares: Tensor = torch.linalg.eigvalsh(lower_gram(short)).clamp_min(0)
     return squares.flatten().sort(descending=True).values.sqrt().cpu()
-
-
-def _lower_gram(matrix: Tensor, parts: int = 4) -> Tensor:
-    """The lower triangle of M·Mᵀ, with what blocks of rows add to the upper one; all that `eigvalsh` looks at."""
-    rows = matrix.shape[1]
-    size = math.ceil(rows / parts) if rows >= 256 else rows
-    gram = matrix.new_zeros(len(matrix), rows, rows)
-    for start in range(0, rows, size):
-        gram[:, start:, start : start + size] = matrix[:, start:] @ matrix[:, start : start + size].mT
-    return gram
 
 
 def _by_svd(matrix: Tensor) -> Tensor:

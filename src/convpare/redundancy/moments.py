@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from convpare.errors import ConvpareError
 from convpare.graph.structure import Layer
 from convpare.modes import eval_mode
-from convpare.redundancy.patches import Geometry, columns, draw_places, second_moment, split_groups
-from convpare.redundancy.taps import module_of, run, suited
+from convpare.redundancy.gram import gram
+from convpare.redundancy.patches import Geometry, add_second_moment_, columns, draw_places, split_groups
+from convpare.redundancy.taps import call, module_of, run, suited
 
 RIDGE = 1e-4
 """Relative to the mean eigenvalue: how much white noise is added to what images show, lest a root have no inverse."""
@@ -50,7 +51,7 @@ def that_run(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> list[
     def listen(layer: Layer, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(lambda *_: heard.add(layer.name))
 
-    _listening(model, layers, listen, lambda: run(model, images))
+    _listening(model, layers, [listen], lambda: run(model, images))
     return [layer for layer in layers if layer.name in heard]
 
 
@@ -65,27 +66,9 @@ def input_moments(
     Raises:
         ConvpareError: a layer does not run as a module, or reads NaN or infinity.
     """
-    sums: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
-    generator = torch.Generator().manual_seed(sampling.seed)
-
-    def hear(layer: Layer, geometry: Geometry, x: Tensor) -> None:
-        x = x.movedim(-1, 1) if layer.kind == "linear" else x
-        unknowns = x.shape[1] // layer.groups * math.prod(geometry.kernel)
-        total = math.prod(geometry.outputs(tuple(x.shape[2:])) if geometry.kernel else x.shape[2:])
-        share = max(sampling.per_unknown * unknowns, sampling.least) / (len(images) * total)
-        seen = columns(x, geometry, draw_places(total, share, generator), layer.groups)
-        seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
-        moment = seen.square().sum(2).double() if unknowns > sampling.widest else second_moment(seen)
-        sums[layer.name] = sums[layer.name] + moment if counts[layer.name] else moment
-        counts[layer.name] += seen.shape[2]
-
-    def listen(layer: Layer, module: nn.Module) -> RemovableHandle:
-        geometry = Geometry.of_module(module)
-        return module.register_forward_pre_hook(lambda _, inputs: hear(layer, geometry, inputs[0]))
-
-    _listening(model, layers, listen, lambda: run(model, images, batch_size))
-    return _means(layers, sums, counts, "reads")
+    inputs = _Inputs(sampling, len(images))
+    _listening(model, layers, [inputs.listen], lambda: run(model, images, batch_size))
+    return inputs.means(layers)
 
 
 def output_moments(
@@ -103,42 +86,107 @@ def output_moments(
         ConvpareError: a layer does not run as a module, a gradient is NaN or infinite, or the output is the same for
             all images.
     """
-    sums: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
-    generator = torch.Generator().manual_seed(sampling.seed)
+    outputs = _Outputs(sampling)
+    shown = images[: sampling.differentiated]
+    _listening(model, layers, [outputs.listen], lambda: outputs.differentiate(model, shown, batch_size))
+    return outputs.means(layers)
 
-    def hear(layer: Layer, gradient: Tensor) -> None:
-        gradient = gradient.movedim(-1, 1) if layer.kind == "linear" else gradient
-        flat = split_groups(gradient.reshape(*gradient.shape[:2], -1), layer.groups)
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        moment = (flat @ flat.mT).double()
-        sums[layer.name] = sums[layer.name] + moment if counts[layer.name] else moment
-        counts[layer.name] += flat.shape[2]
 
-    def listen(layer: Layer, module: nn.Module) -> RemovableHandle:
+def moments_of_both(
+    model: nn.Module, layers: Sequence[Layer], images: Tensor, sampling: Sampling = SAMPLING, batch_size: int = 32
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of `input_moments` and of `output_moments`; images that are differentiated run once for both.
+
+    Raises:
+        ConvpareError: as those do.
+    """
+    inputs, outputs = _Inputs(sampling, len(images)), _Outputs(sampling)
+
+    def work() -> None:
+        outputs.differentiate(model, images[: sampling.differentiated], batch_size)
+        if len(images) > sampling.differentiated:
+            run(model, images[sampling.differentiated :], batch_size)
+
+    _listening(model, layers, [inputs.listen, outputs.listen], work)
+    return inputs.means(layers), outputs.means(layers)
+
+
+class _Inputs:
+    """Sums over what layers read, of so many images."""
+
+    def __init__(self, sampling: Sampling, images: int) -> None:
+        self._sampling, self._images = sampling, images
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def listen(self, layer: Layer, module: nn.Module) -> RemovableHandle:
+        geometry = Geometry.of_module(module)
+        return module.register_forward_pre_hook(lambda _, inputs: self._hear(layer, geometry, inputs[0].detach()))
+
+    def _hear(self, layer: Layer, geometry: Geometry, x: Tensor) -> None:
+        x = x.movedim(-1, 1) if layer.kind == "linear" else x
+        unknowns = x.shape[1] // layer.groups * math.prod(geometry.kernel)
+        total = math.prod(geometry.outputs(tuple(x.shape[2:])) if geometry.kernel else x.shape[2:])
+        share = max(self._sampling.per_unknown * unknowns, self._sampling.least) / (self._images * total)
+        seen = columns(x, geometry, draw_places(total, share, self._generator), layer.groups)
+        seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
+        diagonal = unknowns > self._sampling.widest
+        if layer.name not in self._sums:
+            sizes = [layer.groups, *[unknowns] * (1 if diagonal else 2)]
+            self._sums[layer.name] = seen.new_zeros(sizes, dtype=torch.float64)
+        if diagonal:
+            self._sums[layer.name] += seen.square().sum(2)
+        else:
+            add_second_moment_(self._sums[layer.name], seen)
+        self._counts[layer.name] += seen.shape[2]
+
+    def means(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        return _means(layers, self._sums, self._counts, "reads")
+
+
+class _Outputs:
+    """Sums over the gradients at what layers put out."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._seen: list[Tensor] = []
+
+    def listen(self, layer: Layer, module: nn.Module) -> RemovableHandle:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(lambda gradient: hear(layer, gradient.detach()))
+                output.register_hook(lambda gradient: self._hear(layer, gradient.detach()))
 
         return module.register_forward_hook(hook)
 
-    seen: list[Tensor] = []
+    def _hear(self, layer: Layer, gradient: Tensor) -> None:
+        gradient = gradient.movedim(-1, 1) if layer.kind == "linear" else gradient
+        flat = split_groups(gradient.reshape(*gradient.shape[:2], -1), layer.groups)
+        moment = gram(flat.to(torch.promote_types(flat.dtype, torch.float32)))
+        self._sums[layer.name] = self._sums[layer.name] + moment if self._counts[layer.name] else moment.double()
+        self._counts[layer.name] += flat.shape[2]
 
-    def differentiate() -> None:
+    def differentiate(self, model: nn.Module, images: Tensor, batch_size: int) -> None:
+        """Run the model and differentiate its output along a random direction for each image."""
         with eval_mode(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            for batch in torch.split(images[: sampling.differentiated], batch_size):
+            for batch in torch.split(images, batch_size):
                 x = suited(batch, model).detach().clone().requires_grad_()
-                out = first_tensor(model(x + 0))  # an operator in place must not meet a leaf
-                seen.append(out.detach().double().flatten(1).cpu())
-                direction = torch.randn(out.shape, generator=generator).to(out)
+                out = first_tensor(call(model, x + 0))  # an operator in place must not meet a leaf
+                self._seen.append(out.detach().double().flatten(1).cpu())
+                direction = torch.randn(out.shape, generator=self._generator).to(out)
                 torch.autograd.grad((out * direction).sum(), x)
 
-    _listening(model, layers, listen, differentiate)
-    shown = torch.cat(seen)
-    variance = float(shown.var(0, correction=0).sum())
-    if not 0 < variance < math.inf:
-        raise ConvpareError(f"the variance of the model's output over {len(shown)} images is {variance}; give others")
-    return {name: moment / variance for name, moment in _means(layers, sums, counts, "has gradients with").items()}
+    def means(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        shown = torch.cat(self._seen)
+        variance = float(shown.var(0, correction=0).sum())
+        if not 0 < variance < math.inf:
+            raise ConvpareError(
+                f"the variance of the model's output over {len(shown)} images is {variance}; give others"
+            )
+        means = _means(layers, self._sums, self._counts, "has gradients with")
+        return {name: moment / variance for name, moment in means.items()}
 
 
 class Moments:
@@ -156,6 +204,14 @@ class Moments:
     def outputs(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
         """Those of `output_moments`, by the layers' names."""
         return self._of(layers, self._outputs, output_moments)
+
+    def both(self, layers: Sequence[Layer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Inputs and outputs, in one go where neither is known."""
+        if new := [layer for layer in layers if layer.name not in self._inputs and layer.name not in self._outputs]:
+            inputs, outputs = moments_of_both(self.model, new, self.images, self.sampling)
+            self._inputs |= inputs
+            self._outputs |= outputs
+        return self.inputs(layers), self.outputs(layers)
 
     def _of(
         self, layers: Sequence[Layer], known: dict[str, Tensor], measure: Callable[..., dict[str, Tensor]]
@@ -199,13 +255,13 @@ def first_tensor(output: object) -> Tensor:
 
 
 def _listening(
-    model: nn.Module, layers: Sequence[Layer], listen: Callable[[Layer, nn.Module], RemovableHandle],
+    model: nn.Module, layers: Sequence[Layer], listeners: Sequence[Callable[[Layer, nn.Module], RemovableHandle]],
     work: Callable[[], None],
 ) -> None:  # fmt: skip
     handles: list[RemovableHandle] = []
     try:
         for layer in layers:
-            handles.append(listen(layer, module_of(model, layer.name)))
+            handles += [listen(layer, module_of(model, layer.name)) for listen in listeners]
         work()
     finally:
         for handle in handles:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convpare.redundancy.gram import gram
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -59,7 +61,8 @@ def columns(x: Tensor, geometry: Geometry, places: Tensor, groups: int) -> Tenso
     if not geometry.kernel:
         return split_groups(x.reshape(*x.shape[:2], -1)[:, :, places], groups)
     out = geometry.outputs(tuple(x.shape[2:]))
-    x = F.pad(x, [width for pair in reversed(geometry.padding) for width in pair])
+    if any(width for pair in geometry.padding for width in pair):
+        x = F.pad(x, [width for pair in reversed(geometry.padding) for width in pair])
     flat = torch.zeros(1, 1, dtype=torch.long, device=x.device)  # (p, taps): positions in x, last axis first
     rest = places.to(x.device)
     for axis in reversed(range(len(out))):
@@ -81,15 +84,22 @@ def split_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """x xᵀ of x (groups, unknowns, samples), in float64.
+    """x xᵀ of x (groups, unknowns, samples), in float64."""
+    total = x.new_zeros(*x.shape[:2], x.shape[1], dtype=torch.float64)
+    add_second_moment_(total, x)
+    return total
+
+
+def add_second_moment_(total: Tensor, x: Tensor) -> None:
+    """Add x xᵀ of x (groups, unknowns, samples) to `total`, in float64.
 
     What varies is multiplied in the type of x, the mean apart: a large mean would drown small directions in rounding.
     """
     mean = x.mean(2, keepdim=True)
     varying = x - mean
+    total += gram(varying)
     wide, rest = mean.double(), varying.sum(2, keepdim=True).double()
-    outer = wide @ (x.shape[2] * wide + rest).mT + rest @ wide.mT
-    return (varying @ varying.mT).double() + outer
+    total.baddbmm_(torch.cat([wide, rest], 2), torch.cat([x.shape[2] * wide + rest, wide], 2).mT)
 
 
 def draw_places(total: int, share: float, generator: torch.Generator) -> Tensor:

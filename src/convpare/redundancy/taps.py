@@ -129,10 +129,15 @@ def run(model: nn.Module, images: Tensor, batch_size: int = 32) -> None:
     """
     with eval_mode(model), torch.no_grad():
         for batch in torch.split(images, batch_size):
-            try:
-                model(suited(batch, model))
-            except RuntimeError as error:
-                raise ConvpareError(f"the model failed on images of shape {tuple(batch.shape)}: {error}") from error
+            call(model, suited(batch, model))
+
+
+def call(model: nn.Module, images: Tensor) -> object:
+    """What the model returns for images. Raises ConvpareError if it does not run on them."""
+    try:
+        return model(images)
+    except RuntimeError as error:
+        raise ConvpareError(f"the model failed on images of shape {tuple(images.shape)}: {error}") from error
 
 
 def suited(images: Tensor, model: nn.Module) -> Tensor:
