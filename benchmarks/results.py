@@ -36,12 +36,14 @@ RESNET56 = (
 )
 MOBILENET = "convpare:mobilenet_v1_025 --weights {shared}/weights/mobilenet_v1_025-imagenet.safetensors"
 IMAGENET = "--test {shared}/data/imagenet500"
+PICTURES = f"--data {{shared}}/data/imagenet-calib {IMAGENET}"
 RESNET20 = RESNET56.replace("resnet56", "resnet20")
 METHODS = {"prune": "prune", "factorize": "factorize", "mixed": "prune,factorize"}
 MIXED = {  # what it is called: the network, its budget
     "mixed-point": (RESNET56, "--macs 0.5173 --params 0.421"),
     **{f"mixed-56-{macs}": (RESNET56, f"--macs {macs}") for macs in (0.5, 0.35, 0.7)},
     **{f"mixed-20-{macs}": (RESNET20, f"--macs {macs}") for macs in (0.5, 0.35, 0.7)},
+    **{f"mixed-mobilenet-{macs}": (f"{MOBILENET} {PICTURES}", f"--macs {macs}") for macs in (0.7, 0.5, 0.35)},
 }
 HALVES = (("half", 0.5, ""), ("half-more", 0.5, " --recover-images 8192 --samples 256"), ("seventy", 0.7, ""))
 LABELS = {
@@ -213,9 +215,7 @@ def accuracy() -> None:
             point(f"qsfm-point-{criterion}-{seed}", command(line))
     point("mobilenet-dense", command(f"evaluate {MOBILENET} --data {{shared}}/data/imagenet500"))
     for criterion in ("qsfm-ssim", "l2", "reconstruction"):
-        line = (
-            f"compress {MOBILENET} --data {{shared}}/data/imagenet-calib {IMAGENET} --macs 0.75 --criterion {criterion}"
-        )
+        line = f"compress {MOBILENET} {PICTURES} --macs 0.75 --criterion {criterion}"
         point(f"mobilenet-{criterion}", command(line))
     for name, macs, more in HALVES:
         for seed in SEEDS:
