@@ -521,3 +521,22 @@ class Table(nn.Module):
 def test_a_copy_that_the_capture_leaves_out():
     graph = assert_exact(Table, SHAPE, range(2))
     assert [(g.name, g.channels) for g in graph.groups] == [("layer", 12)]
+
+
+def test_a_shape_of_other_channels():
+    """A view of features that stay, in the shape of channels that would go; it spells no number of channels itself."""
+
+    class Reshaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(1, 12, 3, padding=1), nn.Linear(144, 144)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y.flatten(1)).view(y.shape).mean(1)
+
+    bound = trace(Reshaped(), torch.zeros(2, 1, 12))
+    assert bound.groups == ()
+    assert frozen(bound)["a"] == [(12, f"view in Reshaped {FOLLOWS_NOT}")]
+    free = trace(Reshaped(), torch.zeros(2, 1, 12), form="graph")
+    assert ("a", 12) in [(g.name, g.channels) for g in free.groups]

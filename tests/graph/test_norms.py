@@ -291,3 +291,21 @@ def test_standardised_weight_times_its_gain():
     )
     graph = trace(model, torch.zeros(2, 3, 8, 8))
     assert [(g.name, g.channels) for g in graph.groups] == [("a", 4), ("c", 5)]
+
+
+@forms
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_filter_that_all_channels_share_does_not_switch_them_off(bias: bool, form: Form):
+    """Nor does a bias: what a norm over them sees of a zeroed channel is not zero."""
+
+    def middle(net, y):
+        filters, channels = net.filter.expand(y.shape[1], -1, -1, -1), y.shape[1]
+        y = (
+            F.conv2d(y, filters, net.shift.expand(channels), groups=channels)
+            if bias
+            else (F.conv2d(1 - y, filters, groups=channels))
+        )
+        return F.normalize(y, dim=1)
+
+    parts = {"filter": torch.randn(1, 1, 3, 3), "shift": torch.randn(1)}
+    assert list(marked(between(middle, 4, 4, form, **parts))) == ["a"]

@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from convpare.errors import ConvpareError
+from convpare.graph.flow import module_of
 from convpare.graph.grouping import assemble
 from convpare.graph.labels import Value
 from convpare.graph.links import fed, replayed
@@ -21,7 +22,6 @@ from convpare.graph.mending import own, synced
 from convpare.graph.parts import recapture
 from convpare.graph.record import Record
 from convpare.graph.rewriting import by_node, rewritten
-from convpare.graph.rules.pointwise import NARY
 from convpare.graph.rules.registry import aten
 from convpare.graph.structure import Call, Graph, Group, staying
 from convpare.graph.surgery import remove_
@@ -29,7 +29,11 @@ from convpare.graph.tracer import Spelled, operator_name
 
 Site = tuple[str, ...]
 KINDS = 8  # trials of channels of one kind, at most
-TAKE_NUMBERS = frozenset(aten(NARY) + aten("arange linspace full eye new_full pow"))
+AXES = frozenset(
+    aten("""flatten mean sum amax amin argmax cat stack softmax log_softmax permute transpose t squeeze unsqueeze
+    dropout max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool2d hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ gelu""")
+)  # whose numbers are axes, windows and constants
 ELIDED = ("aten.contiguous",)  # what the capture leaves out where it does nothing
 FOLLOWS_NOT = "takes a number from its forward that does not follow them"
 
@@ -44,7 +48,8 @@ def settled(model: nn.Module, record: Record) -> Graph:
     graph = assemble(record)
     sites = _sites(record)
     linked = any(call.links for call in record.calls)
-    if not sites and not linked and not any(record.constants) and not any(map(_has_numbers, record.values)):
+    numbers = any(_may_have_counted(record, node) for node in record.values)
+    if not sites and not linked and not any(record.constants) and not numbers:
         return graph
     graph = _follow(model, record, graph, sites, marked=False)
     return _follow(model, record, graph, sites, marked=True) if any(g.inexact for g in graph.groups) else graph
@@ -79,9 +84,12 @@ def _follow(
     return graph
 
 
-def _has_numbers(node: Node) -> bool:
+def _may_have_counted(record: Record, node: Node) -> bool:
     """Whether an operator takes a number that the forward may have computed from a number of channels."""
-    return operator_name(node) in TAKE_NUMBERS and bool(_numbers([node.args, node.kwargs]))
+    if operator_name(node) in AXES or not _numbers([node.args, node.kwargs]):
+        return False
+    module = record.modules.get(module_of(node))
+    return module is None or not own(module)
 
 
 def _reason(spelled: Sequence[Spelled]) -> str:

@@ -29,7 +29,7 @@ def convolution(t: Tracer, x: Value, weight: Value, bias: Value | None = None, *
     else:
         alike(t, out, groups)
         couple_axis(t, x, axis, into.repeat(groups), reason)
-    return _output(t, axis, out, bias)
+    return _output(t, axis, out, bias, weight.zero or (x.zero and groups > 1 and len(into) == 1))
 
 
 @rule(*aten("conv_transpose1d conv_transpose2d conv_transpose3d"))
@@ -47,7 +47,7 @@ def transposed_convolution(
     elif groups > 1:
         alike(t, into, groups)
         out = out.repeat(groups)
-    return _output(t, axis, out, bias)
+    return _output(t, axis, out, bias, weight.zero)
 
 
 def _extent(t: Tracer, x: Value, axis: int) -> Extent:
@@ -64,10 +64,11 @@ def _spell_groups(t: Tracer, groups: Tensor) -> None:
     t.spell((6,) if len(t.node.args) > 6 else ("groups",), groups)
 
 
-def _output(t: Tracer, axis: int, out: Tensor, bias: Value | None) -> Value:
+def _output(t: Tracer, axis: int, out: Tensor, bias: Value | None, zero: bool) -> Value:
+    """`zero`: without a bias. A weight or bias that was expanded from one row has no row that goes to zero."""
     if bias is not None:
         t.labels.unify(slots_of(t, bias, 0), out)
-    return Value(t.shape, (along(out, axis, len(t.shape)),), zero=True)
+    return Value(t.shape, (along(out, axis, len(t.shape)),), zero and (bias is None or bias.zero))
 
 
 @rule("aten.linear")
@@ -80,4 +81,4 @@ def linear(t: Tracer, x: Value, weight: Value, bias: Value | None = None) -> Val
     else:
         t.labels.unify(labels, into)
     t.labels.freeze(flat(x.off([-1])), f"{t.where} runs once for each of them")
-    return _output(t, len(t.shape) - 1, out, bias)
+    return _output(t, len(t.shape) - 1, out, bias, weight.zero)
