@@ -32,6 +32,7 @@ from convpare.importance import criteria
 from convpare.importance.qsfm import QSFMOptions
 from convpare.jsonable import finite
 from convpare.planning.settings import ALLOCATIONS, SCOPES
+from convpare.recovery import training
 from convpare.recovery.calibrate import METHODS
 from convpare.timing import side_by_side
 
@@ -305,6 +306,13 @@ WRONG_OPTIONS = {
     f"{COMPRESS} --macs 0.5 --seed -1": "--seed",
     f"{COMPRESS} --macs 0.5 --recover-images 1": r"1 image\(s\); at least",
     f"compress {DIGITS} --macs 0.5 -o new": "qsfm-ssim looks at feature maps: give images with --data",
+    f"{COMPRESS} --macs 0.5 --epochs 3": "--epochs is about training: give it with --recover distill or finetune",
+    f"{COMPRESS} --macs 0.5 --recover distill --epochs 3 --minutes 1": "give epochs or minutes, not both",
+    f"{COMPRESS} --macs 0.5 --recover distill --minutes 0": "minutes is 0.0; expected a number above 0",
+    f"{COMPRESS} --macs 0.5 --recover finetune --lr 0": "lr is 0.0",
+    f"recover made --teacher {DIGITS} -o new": "recover needs images, and a way: give --data",
+    f"recover made --teacher {DIGITS} --data digits --recover none -o new": "and no --recover none",
+    f"recover nothing --teacher {DIGITS} --data digits -o new": "there is no file .*plan.json",
     f"compress {DIGITS} --macs 0.5 --criterion l2 -o new": "recovery needs images: give --data, or --recover none",
     f"compress {DIGITS} --macs 0.5 {NO_IMAGES} --crop 8 -o new": "--crop is about images; say with --data which ones",
     f"compress {DIGITS} --macs 0.5 {NO_IMAGES} --test digits -o new": "--test is about images",
@@ -789,6 +797,68 @@ def test_a_plan_is_seen_edited_and_applied(run: Run):
     assert not Path("other").exists()
 
 
+def test_recovery_by_training(run: Run, made: Path):
+    """In `compress` and of an artifact that is there; the state of training is gone when it is over."""
+    line = f"compress {DIGITS} --data digits --macs 0.3 --criterion l2 --recover distill --epochs 2 --train-images 200"
+    result = run(f"{line} --lr 0.01 --batch-size 50 --images 64 -o trained --json trained.json")
+    assert result.code == 0, result.err
+    found = json.loads(Path("trained.json").read_text())
+    assert [stage["name"] for stage in found["stages"]] == ["before", "surgery", "least-squares", "training"]
+    assert (found["recovery"]["gradient_passes"], found["recovery"]["labels"]) == (360, False)
+    options = found["recovery"]["training"]["options"]
+    assert (options["lr"], options["batch_size"], options["epochs"]) == (0.01, 50, 2)
+    assert "training: 2 epochs of 180 images without labels, 360 gradients of images" in result.out
+    assert found["after"]["top1"] == pytest.approx(100 * evaluation_of(run, "trained"))
+
+    line = f"recover {made} --teacher {DIGITS} --data digits --train-images 200 -o better --json better.json"
+    result = run(f"{line} --recover finetune --epochs 1")
+    assert result.code == 0, result.err
+    found = json.loads(Path("better.json").read_text())
+    assert [stage["name"] for stage in found["stages"]][:2] == ["original", "given"]
+    assert found["stages"][-1]["name"] == "training"
+    assert (found["recovery"]["gradient_passes"], found["recovery"]["labels"]) == (180, True)
+    again, given = load_artifact("better"), load_artifact(made)
+    assert again.plan is not None
+    assert given.plan is not None
+    assert again.plan.to_json() == given.plan.to_json()
+    assert again.figures["regained"] == found
+    assert again.figures["stages"] == given.figures["stages"]
+    assert found["stages"][-1]["top1"] == pytest.approx(100 * evaluation_of(run, "better"))
+    assert not list(Path().glob("*.training"))
+
+
+def evaluation_of(run: Run, artifact: str) -> float:
+    assert run(f"evaluate {artifact} --data digits --json e.json").code == 0
+    return float(json.loads(Path("e.json").read_text())["top1"]) / 100
+
+
+def test_a_recovery_that_was_stopped_goes_on(run: Run, made: Path, monkeypatch: pytest.MonkeyPatch):
+    line = f"recover {made} --teacher {DIGITS} --data digits --train-images 300 --epochs 2"
+    assert run(f"{line} -o whole").code == 0
+    monkeypatch.setattr(training, "SAVED_EVERY", 0.0)
+    write, written = training.write_checkpoint, []
+
+    def stop(*arguments: Any) -> None:
+        write(*arguments)
+        written.append(1)
+        if len(written) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "write_checkpoint", stop)
+    stopped = run(f"{line} -o halted")
+    assert (stopped.code, stopped.err.splitlines()[-1]) == (130, "error: interrupted; nothing is half-written")
+    assert Path("halted.training").is_file()
+    assert not Path("halted").exists()
+    assert run(f"{line} -o halted").code == 0
+    assert not Path("halted.training").exists()
+    whole, halted = (load_artifact(name).module.state_dict() for name in ("whole", "halted"))
+    assert all(torch.equal(value, halted[name]) for name, value in whole.items())
+    Path("other.training").write_bytes(b"what was here before")
+    refused = run(f"{line} -o other")
+    assert refused.code == 1
+    assert "the checkpoint other.training is damaged" in refused.err
+
+
 def test_a_budget_of_latency(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """On the clock of this machine, whatever it says: what is told is what was measured, or that it cannot be."""
     monkeypatch.setenv("CONVPARE_CACHE", str(tmp_path))
@@ -921,7 +991,8 @@ def test_help_names_every_choice(run: Run):
     for name in ("weights", "input", "num-classes", "model", "data", "mean", "std", "resize", "crop", "classes", "test",
                  "limit", "macs", "params", "threshold", "criterion", "methods", "scope", "allocation", "round-to",
                  "exclude", "images", "rounds", "seed", "tap", "window", "data-range", "rule", "who", "recover",
-                 "recover-images", "samples", "output", "json"):  # fmt: skip
+                 "recover-images", "samples", "epochs", "minutes", "train-images", "lr", "batch-size",
+                 "output", "json"):  # fmt: skip
         assert f"--{name}" in options, name
     assert "--empty-exclude" not in options
     assert all(name in page for name in criteria())
@@ -931,7 +1002,8 @@ def test_choices_are_those_of_the_library():
     method, qsfm = get_type_hints(cli.MethodArguments), get_type_hints(cli.QSFMArguments)
     assert set(get_args(method["scope"])) == set(SCOPES)
     assert set(get_args(get_args(method["allocation"])[0])) == set(ALLOCATIONS)
-    assert set(get_args(get_type_hints(cli.RecoveryArguments)["recover"])) == set(METHODS)
+    for arguments in (cli.RecoveryArguments, cli.TrainingArguments):
+        assert set(get_args(get_type_hints(arguments)["recover"])) == set(METHODS)
     assert set(qsfm) == {field.name for field in dataclasses.fields(QSFMOptions)}
 
 

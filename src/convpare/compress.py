@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from convpare.planning.plan import Plan
 from convpare.planning.planner import Planner
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
-from convpare.recovery import Recovered, RecoverOptions, recover_with
+from convpare.recovery import TUNINGS, Recovered, RecoverOptions, recover_with, tuned
 
 ATTEMPTS = 5  # plans that are measured against a budget of latency
 
@@ -81,7 +82,7 @@ class Compression:
             "after": _side(self.plan.after, last),
             "stages": [stage.to_json() for stage in self.stages],
             "self_check": self.check.to_json(),
-            "recovery": _recovery(self.recovered),
+            "recovery": recovery_json(self.recovered),
             "excluded": list(self.excluded),
             "tried": finite(dict(self.tried)),
             "test_images": self.test_images,
@@ -98,12 +99,14 @@ class CompressOptions:
         recover: of recovery; None: none.
         test_limit: how many test images to show; None: all.
         form: "module", "graph" or "linked", see `trace`.
+        checkpoint: where the state of training is stored (see `tune`); training goes on there.
     """
 
     plan: PlanOptions = field(default_factory=PlanOptions)
     recover: RecoverOptions | None = field(default_factory=RecoverOptions)
     test_limit: int | None = None
     form: Form = "module"
+    checkpoint: Path | None = None
 
 
 def compress(
@@ -144,7 +147,8 @@ def compress(
             continue
         tries.append(_recovered(found, model, data, recovery, tell))
     errors = {" and ".join(t.methods): t.error for t in tries} if len(tries) > 1 else {}
-    return _measured(model, min(tries, key=lambda t: t.error), traced, data, options.test_limit, errors, tell)
+    best = _trained(min(tries, key=lambda t: t.error), model, data, options, tell)
+    return _measured(model, best, traced, data, options.test_limit, errors, tell)
 
 
 def carry_through(
@@ -173,7 +177,8 @@ def carry_through(
     made = plan_of(small)  # with its cost made true
     assert made is not None
     found = _Try((), made, small, check, (), (time.perf_counter() - started, 0.0))
-    return _measured(model, _recovered(found, model, data, recovery, tell), 0.0, data, options.test_limit, {}, tell)
+    best = _trained(_recovered(found, model, data, recovery, tell), model, data, options, tell)
+    return _measured(model, best, 0.0, data, options.test_limit, {}, tell)
 
 
 def _wanted(options: CompressOptions, data: Data | ImageSet | Tensor | None) -> RecoverOptions | None:
@@ -200,6 +205,7 @@ class _Try:
     excluded: tuple[str, ...]
     seconds: tuple[float, float]  # of planning and surgery, of recovery
     recovered: Recovered | None = None
+    calibrated: nn.Module | None = None  # before it was trained, if it was
     latency: tuple[float, ...] = ()  # milliseconds before and after, where there is a budget of them
 
     @property
@@ -264,9 +270,26 @@ def _recovered(
         return found
     started = time.perf_counter()
     done = recover_with(
-        found.surgery, model, data, options=options, on_progress=lambda done, total: tell("recovery", done, total)
+        found.surgery,
+        model,
+        data,
+        options=options.calibration,
+        on_progress=lambda done, total: tell("recovery", done, total),
     )
     return replace(found, recovered=done, seconds=(found.seconds[0], time.perf_counter() - started))
+
+
+def _trained(
+    found: _Try, model: nn.Module, data: Data | ImageSet | Tensor | None, options: CompressOptions, tell: Progress
+) -> _Try:
+    """The same after training, if that was asked for."""
+    if options.recover is None or options.recover.method not in TUNINGS or found.recovered is None or data is None:
+        return found
+    done = tuned(
+        found.recovered, model, data, options.recover, checkpoint=options.checkpoint,
+        on_progress=lambda done, total: tell("training", done, total),
+    )  # fmt: skip
+    return replace(found, recovered=done, calibrated=found.recovered.model)
 
 
 def _measured(
@@ -274,17 +297,19 @@ def _measured(
     errors: Mapping[str, float], tell: Progress,
 ) -> Compression:  # fmt: skip
     """The result, with the accuracies of its stages."""
-    tester = _Tester(data, limit, tell)
+    tester = Tester(data, limit, tell)
     stages = [tester.stage("before", model, 0.0), tester.stage("surgery", best.surgery, traced + best.seconds[0])]
     if best.recovered is not None:
-        stages.append(tester.stage(best.recovered.method, best.recovered.model, best.seconds[1]))
+        stages.append(tester.stage(best.recovered.method, best.calibrated or best.recovered.model, best.seconds[1]))
+        if best.recovered.tuned is not None:
+            stages.append(tester.stage("training", best.recovered.model, best.recovered.tuned.seconds))
     return Compression(
         best.model, best.plan, best.check, tuple(stages), best.recovered, best.excluded, tester.images, errors,
         best.latency,
     )  # fmt: skip
 
 
-class _Tester:
+class Tester:
     """Shows the labelled test images, if there are any, to the network after each step."""
 
     def __init__(self, data: object, limit: int | None, tell: Progress) -> None:
@@ -308,7 +333,8 @@ def _side(cost: Cost, top1: float | None) -> dict[str, Any]:
     return {**cost.to_json(), "top1": top1}
 
 
-def _recovery(recovered: Recovered | None) -> dict[str, Any] | None:
+def recovery_json(recovered: Recovered | None) -> dict[str, Any] | None:
+    """How accuracy was won back, from what."""
     if recovered is None:
         return None
     fitted: Mapping[str, Any] = (
@@ -319,7 +345,8 @@ def _recovery(recovered: Recovered | None) -> dict[str, Any] | None:
         "method": recovered.method,
         "relative_output_errors": finite(dict(recovered.errors)),
         "images": recovered.images,
-        "labels": False,
-        "gradient_passes": 0,
+        "labels": recovered.tuned is not None and recovered.tuned.labelled,
+        "gradient_passes": 0 if recovered.tuned is None else recovered.tuned.passes,
         **fitted,
+        "training": None if recovered.tuned is None else recovered.tuned.to_json(),
     }

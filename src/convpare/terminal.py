@@ -22,16 +22,19 @@ from rich.table import Table
 from torch import Tensor
 
 from convpare.bench import Bench
-from convpare.compress import Compression
+from convpare.compress import Compression, Stage
 from convpare.inspection import SIMILAR, Inspection
 from convpare.measurement import Measured
 from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan
 from convpare.prospect import Prospect, TradeOff
+from convpare.recovery import Recovered
 from convpare.redundancy.activations import GroupActivations
 from convpare.redundancy.kernels import KernelRedundancy
+from convpare.regain import Regained
 from convpare.truncate import ALL, Truncation
 
+TELLING = 5.0  # seconds of a step after which its end is foretold
 _WIDTH = 120  # of tables in files and pipes, unless COLUMNS says otherwise
 _NARROW = 80
 _NARROWEST = 60  # below, numbers would be cut off; lines that break are better
@@ -111,7 +114,7 @@ def _progress() -> Iterator[Tell]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[part]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=None, part="")
-        current = ""
+        current, pace = "", _Pace()
 
         def tell(what: str, done: int, total: int) -> None:
             nonlocal current
@@ -119,10 +122,31 @@ def _progress() -> Iterator[Tell]:
                 bar.reset(task)
                 current = what
             known = total > 1
-            part = f"{done:,}/{total:,}" if known else ""
+            part = f"{done:,}/{total:,}{pace.left(what, done, total)}" if known else ""
             bar.update(task, description=what, completed=done, total=total if known else None, part=part)
 
         yield tell
+
+
+class _Pace:
+    """How long a step that counts will take, from how fast it went so far."""
+
+    def __init__(self) -> None:
+        self._what, self._first, self._started = "", 0, 0.0
+
+    def left(self, what: str, done: int, total: int) -> str:
+        """Such as ", 9 min left"; nothing where that is soon, or cannot be told yet."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._first, self._started = what, done, now
+        spent = now - self._started
+        if spent < TELLING or done == self._first:
+            return ""
+        minutes = (total - done) * spent / (done - self._first) / 60
+        if minutes < 1:
+            return ""
+        hours = f"{int(minutes // 60)} h " if minutes >= 60 else ""
+        return f", {hours}{math.ceil(minutes % 60)} min left"
 
 
 class _Lines:
@@ -130,8 +154,8 @@ class _Lines:
 
     def __init__(self, console: Console, first: float = 1.0, later: float = 10.0) -> None:
         self._console, self._first, self._later = console, first, later
-        self._what, self._done, self._total = "", 0, 0
-        self._due = float("inf")
+        self._what, self._done, self._total, self._left = "", 0, 0, ""
+        self._due, self._pace = float("inf"), _Pace()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -140,6 +164,7 @@ class _Lines:
         if what != self._what:
             self._due = time.monotonic() + self._first
         self._what, self._done, self._total = what, done, total
+        self._left = self._pace.left(what, done, total)
 
     def stop(self) -> None:
         self._ended.set()
@@ -149,7 +174,7 @@ class _Lines:
         while not self._ended.wait(0.1):
             if time.monotonic() >= self._due:
                 self._due = time.monotonic() + self._later
-                part = f" {self._done:,}/{self._total:,}" if self._total > 1 else " …"
+                part = f" {self._done:,}/{self._total:,}{self._left}" if self._total > 1 else " …"
                 self._console.print(escape(self._what + part), soft_wrap=True)
 
 
@@ -244,7 +269,7 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
     """The plan, the stages, and before beside after. `note`: how the images were split, if there were any."""
     plan = done.plan
     _show_plan(plan, ())
-    _show_table(_stages(done))
+    _show_table(_stages(done.stages))
     _show_table(_before_and_after(done, figures.content))
     on = figures.content["measured_on"]
     threads = "1 thread" if on["threads"] == 1 else f"{on['threads']} threads"
@@ -259,15 +284,30 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
         show(f"images: {note}")
     show(str(done.check))
     if done.recovered is not None:
-        tried = ", ".join(f"{name} {error:.3g}" for name, error in done.recovered.errors.items())
-        show(f"recovery: {done.recovered.method}, from {done.recovered.images:,} images without labels, no gradients "
-             f"(relative output error: {tried})")  # fmt: skip
+        _show_recovered(done.recovered)
     if done.tried:
         show("tried: " + ", ".join(f"{name} {error:.3g}" for name, error in done.tried.items()) + " (the same error)")
     if done.excluded:
         warn("left whole, their surgery failed the self-check: " + ", ".join(done.excluded))
     if not plan.edits and not plan.factorizations:
         warn("nothing was removed: all channels are within the budget or beyond the threshold")
+    show(f"saved to {output}")
+
+
+def _show_recovered(found: Recovered) -> None:
+    tried = ", ".join(f"{name} {error:.3g}" for name, error in found.errors.items())
+    show(f"recovery: {found.method}, from {found.images:,} images without labels, no gradients "
+         f"(relative output error: {tried})")  # fmt: skip
+    if found.tuned is not None:
+        show(f"training: {found.tuned}")
+
+
+def show_regained(done: Regained, output: Path) -> None:
+    """The stages, and how they came."""
+    _show_table(_stages(done.stages))
+    if done.stages[0].top1 is not None:
+        show(f"accuracy: of {done.test_images:,} test images")
+    _show_recovered(done.recovered)
     show(f"saved to {output}")
 
 
@@ -468,10 +508,10 @@ def _error(error: float | None) -> str:
     return "-" if error is None else f"{error:.2g}"
 
 
-def _stages(done: Compression) -> Table:
-    known = any(stage.top1 is not None for stage in done.stages)
+def _stages(stages: Sequence[Stage]) -> Table:
+    known = any(stage.top1 is not None for stage in stages)
     table = _table("stage", *(["top-1 %"] if known else []), "seconds")
-    for stage in done.stages:
+    for stage in stages:
         seconds = f"{stage.seconds:.1f}" if stage.seconds else "-"
         table.add_row(stage.name, *([_percent(stage.top1)] if known else []), seconds)
     return table

@@ -15,7 +15,7 @@ from convpare.graph import trace
 from convpare.planning.plan import Plan, RemoveChannels
 from convpare.planning.planner import calibration_images, plan
 from convpare.recovery import LeastSquares, RecoverOptions, compensate_, recalibrate_, recover, recover_with
-from convpare.recovery.calibrate import outputs
+from convpare.recovery.outputs import outputs
 
 X = torch.zeros(1, 1, 8, 8)
 

@@ -1,4 +1,9 @@
+import copy
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convpare.data import load_data
 from convpare.errors import ConvpareError
 from convpare.evaluation import evaluate
+from convpare.modes import one_thread
+from convpare.recovery import training
 from convpare.recovery.training import EpochRecord, TrainOptions, augmented, train_
 
 SMALL = TrainOptions(epochs=4, batch_size=16, lr=0.05, crop=1, flip=True)
@@ -326,6 +333,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path):
         ({"seed": -1}, "seed -1"),
         ({"schedule": "step"}, "choose one of one-cycle, cosine"),
         ({"padding": "circular"}, "choose one of zeros, reflect"),
+        ({"norms": "none"}, "choose one of batch, frozen"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"clip": -1.0}, "clip -1.0"),
     ],
 )
 def test_options_that_are_refused(change, message):
@@ -374,3 +384,136 @@ def test_divergence_is_an_error_that_leaves_the_last_checkpoint(tmp_path: Path):
     if path.exists():
         with safe_open(path, framework="pt") as file:
             assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
+# ---------------------------------------------------------------- within an epoch
+
+
+@pytest.mark.parametrize("steps", [2, 9, 14])
+def test_a_training_stopped_within_an_epoch_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+):
+    monkeypatch.setattr(training, "SAVED_EVERY", 0.0)
+    images, labels = digits(100)
+    options = replace(SMALL, ema=0.9, epochs=3)
+    whole, first, second = net(), net(), net(seed=9)
+    expected = train_(whole, images, labels, options)
+
+    def stop(done: int, total: int) -> None:
+        assert total == 21
+        if done == steps:
+            raise KeyboardInterrupt
+
+    path, seen = tmp_path / "state", []
+    with pytest.raises(KeyboardInterrupt):
+        train_(first, images, labels, options, checkpoint=path, on_step=stop)
+    history = train_(second, images, labels, options, checkpoint=path, on_step=lambda done, _: seen.append(done))
+    assert same(whole, second)
+    assert seen == list(range(steps + 1, 22))
+    assert [(r.number, r.loss, r.top1) for r in history] == [(r.number, r.loss, r.top1) for r in expected]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_training as t
+t.training.SAVED_EVERY = 0.0
+images, labels = t.digits(100)
+model = t.net(seed=int(sys.argv[1]))
+t.train_(model, images, labels, t.SMALL, checkpoint=Path({path!r}), on_step=lambda done, _: print(done, flush=True))
+t.save_file(model.state_dict(), {out!r})
+"""
+
+
+def test_a_killed_process_goes_on_with_the_same_bits(tmp_path: Path):
+    path, out = tmp_path / "state", tmp_path / "out.safetensors"
+    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path), out=str(out))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", code, "0"], stdout=subprocess.PIPE, env=environment, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if int(line) >= 11:
+                run.send_signal(signal.SIGKILL)
+                break
+    assert run.returncode == -signal.SIGKILL
+    assert not out.exists()
+    subprocess.run([sys.executable, "-c", code, "9"], check=True, stdout=subprocess.DEVNULL, env=environment)
+    whole = net()
+    with one_thread():
+        train_(whole, *digits(100), SMALL)
+    ended = load_file(out)
+    assert all(torch.equal(value, ended[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_checkpoint_that_lacks_something_is_refused(tmp_path: Path):
+    images, labels = digits(40)
+    path = tmp_path / "state"
+    train_(net(), images, labels, SMALL, checkpoint=path)
+    with safe_open(path, framework="pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for spoiled, kept in (({"step": 3}, tensors), ({"history": [{}]}, tensors), ({}, {"a": torch.zeros(1)})):
+        text = json.dumps({**json.loads(about["about"]), **spoiled})
+        save_file(kept, path, {**about, "about": text})
+        with pytest.raises(ConvpareError, match="is damaged"):
+            train_(net(), images, labels, replace(SMALL), checkpoint=path)
+
+
+# ---------------------------------------------------------------- averages, clipping, norms, memory
+
+
+def test_the_average_of_the_weights_by_hand():
+    images, labels = digits(64)
+    seen: list[dict[str, Tensor]] = []
+    model = net()
+    options = replace(SMALL, ema=0.8, epochs=2)
+    train_(model, images, labels, options, on_step=lambda *_: seen.append(copy.deepcopy(model.state_dict())))
+    average = {name: value.clone() for name, value in seen[0].items()}
+    for step, state in enumerate(seen):
+        kept = min(0.8, (1 + step) / (10 + step))
+        for name, value in state.items():
+            average[name] = kept * average[name] + (1 - kept) * value if value.is_floating_point() else value
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(model[0].weight, seen[-1]["0.weight"])
+
+
+def test_gradients_are_clipped():
+    torch.manual_seed(0)
+    free, clipped = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    clipped.load_state_dict(free.state_dict())
+    start = free[1].weight.detach().clone()
+    options = TrainOptions(epochs=1, batch_size=64, lr=1.0, weight_decay=0, momentum=0.5)
+    for model, clip in ((free, 0.0), (clipped, 0.01)):
+        train_(model, *digits(64), replace(options, clip=clip))
+    moved = [
+        torch.cat([(m[1].weight - start).flatten(), m[1].bias.detach() - (m[1].bias.detach())]) for m in (free, clipped)
+    ]
+    assert moved[1].norm() < 0.1 * moved[0].norm()
+    cosine = F.cosine_similarity(moved[0], moved[1], 0)
+    assert float(cosine) == pytest.approx(1, abs=1e-5)
+
+
+def test_frozen_norms_keep_their_statistics():
+    images, labels = digits(64)
+    model, before = net(), net()
+    train_(model, images, labels, replace(SMALL, norms="frozen"))
+    assert "1.running_mean" not in differing(model, before)
+    assert {"1.weight", "1.bias", "0.weight"} <= set(differing(model, before))
+    assert model[1].training
+
+
+def test_the_memory_format_is_given_back():
+    model = net()
+    before = {name: p.stride() for name, p in model.named_parameters()}
+    seen = []
+    handle = model[0].register_forward_hook(lambda m, *_: seen.append(m.weight.stride()))
+    train_(model, *digits(16), replace(SMALL, epochs=1))
+    handle.remove()
+    assert {name: p.stride() for name, p in model.named_parameters()} == before
+    assert seen[0] == (9, 1, 3, 1)
+
+
+def test_labels_that_are_missing():
+    with pytest.raises(ConvpareError, match="training on labels needs some"):
+        train_(net(), digits(8)[0], None, SMALL)

@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from convpare.blocks.digits import train_digits
 from convpare.cli.arguments import (
     IMAGES,
     RECOVERY,
+    ArtifactName,
     BudgetArguments,
     Count,
     CountOrNone,
@@ -43,13 +45,15 @@ from convpare.cli.arguments import (
     RecoveryArguments,
     ResultArguments,
     Share,
+    Teacher,
     TestedDataArguments,
     TimingArguments,
     TracedModelArguments,
+    TrainingArguments,
     TruncationArguments,
 )
 from convpare.cli.files import check_gallery, check_json, check_output, check_plot, write_json
-from convpare.cli.models import Opened, example_of, open_data, open_model, open_to_time
+from convpare.cli.models import Opened, artifact_of, example_of, open_data, open_model, open_to_time
 from convpare.compress import Compression, CompressOptions, carry_through, compress
 from convpare.data import Data, load_data
 from convpare.errors import ConvpareError
@@ -62,6 +66,7 @@ from convpare.planning.planner import Planner, calibration_images
 from convpare.planning.settings import check_methods
 from convpare.prospect import prospect, trade_off
 from convpare.redundancy.kernels import ENERGY
+from convpare.regain import regain
 from convpare.report import theory_figure, trade_off_figure, truncation_figure, write_figure
 from convpare.theory import TheoryOptions, theory
 from convpare.truncate import truncate
@@ -131,7 +136,8 @@ def compress_command(
     fractions, shape = budget.budget, which.shape
     settings = method.options(budget, qsfm.options(method.criterion))
     check_methods(settings, method.criterion, method.form)
-    options = CompressOptions(settings, recovery.options(method.seed), data.limit, method.form)
+    checkpoint = recovery.checkpoint(result.output)
+    options = CompressOptions(settings, recovery.options(method.seed), data.limit, method.form, checkpoint)
     _check_images(data, method.criterion, recovery.recover)
     with terminal.progress() as tell:
         opened = open_model(model, which, tell)
@@ -142,6 +148,8 @@ def compress_command(
             options=options, on_progress=tell,
         )  # fmt: skip
         figures = _measure_and_save(opened, done, example, images, result.output, tell)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
         write_json(result.json_file, figures.to_json())
     terminal.show_compression(done, figures, result.output, images.note if images else None)
 
@@ -205,7 +213,8 @@ def apply_command(
     """Carry out a plan on the MODEL that it was made for: remove, check, recover, and save as an artifact."""
     for arguments in (result, data):
         arguments.check()
-    options = CompressOptions(recover=recovery.options(seed), test_limit=data.limit)
+    checkpoint = recovery.checkpoint(result.output)
+    options = CompressOptions(recover=recovery.options(seed), test_limit=data.limit, checkpoint=checkpoint)
     _check_images(data, None, recovery.recover)
     wanted = load_plan(plan)
     with terminal.progress() as tell:
@@ -214,11 +223,52 @@ def apply_command(
         done = carry_through(opened.module, wanted, images, options=options, on_progress=tell)
         example = example_of(wanted.inputs[0], opened, None)
         figures = _measure_and_save(opened, done, example, images, result.output, tell)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
         write_json(result.json_file, figures.to_json())
     terminal.show_compression(done, figures, result.output, images.note if images else None)
 
 
-@app.command(name="evaluate", sort_key=5)
+@app.command(name="recover", sort_key=5)
+def recover_command(
+    artifact: ArtifactName,
+    /,
+    *,
+    teacher: Teacher,
+    result: ResultArguments,
+    which: ModelArguments = ModelArguments(),
+    data: TestedDataArguments = TestedDataArguments(),
+    recovery: TrainingArguments = TrainingArguments(),
+    seed: Annotated[int, Parameter(group=RECOVERY, validator=Number(gte=0, lt=2**63), help="of the images")] = 0,
+) -> None:
+    """Win back the accuracy of an artifact: train it to put out what the original does, and save it."""
+    for arguments in (result, data):
+        arguments.check()
+    checkpoint = recovery.checkpoint(result.output)
+    options = CompressOptions(recover=recovery.options(seed), test_limit=data.limit, checkpoint=checkpoint)
+    if data.data is None or options.recover is None:
+        raise ConvpareError("recover needs images, and a way: give --data, and no --recover none")
+    with terminal.progress() as tell:
+        found = artifact_of(artifact, which)
+        if found.plan is None:
+            raise ConvpareError(f"{artifact} was saved without a plan: nothing tells how it came from the original")
+        opened = open_model(teacher, replace(which, model=None), tell)
+        images = open_data(data, opened, tell, data.test)
+        assert images is not None
+        done = regain(found.module, opened.module, images, found.plan, options, tell)
+        tell("saving", 0, 1)
+        figures = {**found.figures, "regained": done.to_json()}
+        save(
+            done.model, result.output, plan=found.plan, spec=found.spec, preprocessing=images.preprocessing,
+            figures=figures,
+        )  # fmt: skip
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        write_json(result.json_file, done.to_json())
+    terminal.show_regained(done, result.output)
+
+
+@app.command(name="evaluate", sort_key=6)
 def evaluate_command(
     model: ModelName,
     /,
@@ -244,7 +294,7 @@ def evaluate_command(
     terminal.show(str(found))
 
 
-@app.command(name="bench", sort_key=6)
+@app.command(name="bench", sort_key=7)
 def bench_command(
     *models: ModelName,
     which: TracedModelArguments = TracedModelArguments(),
@@ -271,7 +321,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     ]
 
 
-@app.command(name="truncate", sort_key=7)
+@app.command(name="truncate", sort_key=8)
 def truncate_command(
     model: ModelName,
     /,
@@ -300,7 +350,7 @@ def truncate_command(
     terminal.show_truncation(found)
 
 
-@app.command(name="theory", sort_key=8)
+@app.command(name="theory", sort_key=9)
 def theory_command(
     *,
     repetitions: Annotated[int, Parameter(validator=Number(gte=2), help="data sets for every point")] = 8,
@@ -320,7 +370,7 @@ def theory_command(
     terminal.show(str(found))
 
 
-@app.command(sort_key=9)
+@app.command(sort_key=10)
 def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo/digits")) -> None:
     """The whole job in a minute: train a small network on digits, halve its MACs, recover, save, load back.
 

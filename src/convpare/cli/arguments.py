@@ -16,8 +16,7 @@ from convpare.importance import criteria, get_criterion
 from convpare.planning.layer_times import Target
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
-from convpare.recovery import LeastSquares, RecoverOptions
-from convpare.recovery.training import TrainOptions
+from convpare.recovery import TUNINGS, LeastSquares, RecoverOptions, TrainOptions, TuneOptions
 from convpare.truncate import FRACTIONS, TruncateOptions
 
 RESULT = Group("Result", sort_key=1)
@@ -55,6 +54,8 @@ JsonFile = Annotated[
 
 Share = Annotated[float, Parameter(help="of a kernel's squared norm that a chain of two layers must keep to count")]
 PlanName = Annotated[Path, Parameter(help="the file of a plan, as `convpare plan -o` writes it")]
+ArtifactName = Annotated[str, Parameter(help="the folder of an artifact, as `convpare compress -o` writes it")]
+Teacher = Annotated[str, Parameter(group=MODEL, help="the MODEL that the artifact was made from, with its weights")]
 PlotFile = Annotated[Path | None, Parameter(name="--plot", group=RESULT, help="write a figure to this .html file")]
 Gallery = Annotated[
     Path | None,
@@ -324,22 +325,49 @@ class QSFMArguments:
 @Parameter(name="*", group=RECOVERY)
 @dataclass(frozen=True)
 class RecoveryArguments:
-    """How accuracy is won back, without labels and gradients.
+    """How accuracy is won back.
 
     Attributes:
-        recover: calibrate: least squares or batch norm, whichever serves
+        recover: calibrate: least squares or batch norm, whichever serves, without gradients; distill: then training on
+            what the original puts out, without labels; finetune: with labels, too
         recover_images: calibration images of the recovery
         samples: image positions per unknown that least squares looks at; more is better and slower
+        epochs: of training: passes over the images; default: 5
+        minutes: of training, in place of --epochs
+        train_images: of training; default: all training images
+        lr: of training: the highest learning rate
+        batch_size: of training
     """
 
-    recover: Literal["calibrate", "least-squares", "batch-norm", "none"] = "calibrate"
+    recover: Literal["calibrate", "least-squares", "batch-norm", "distill", "finetune", "none"] = "calibrate"
     recover_images: Count = 1024
     samples: Count = 64
+    epochs: CountOrNone = None
+    minutes: float | None = None
+    train_images: CountOrNone = None
+    lr: float | None = None
+    batch_size: CountOrNone = None
 
     def options(self, seed: int) -> RecoverOptions | None:
+        given = [n for n in ("epochs", "minutes", "train_images", "lr", "batch_size") if getattr(self, n) is not None]
+        if given and self.recover not in TUNINGS:
+            raise ConvpareError(f"{option(given[0])} is about training: give it with --recover distill or finetune")
         if self.recover == "none":
             return None
-        return RecoverOptions(self.recover, self.recover_images, seed, LeastSquares(samples=self.samples))
+        tune = TuneOptions(self.epochs, self.minutes, self.train_images, self.lr, self.batch_size)
+        return RecoverOptions(self.recover, self.recover_images, seed, LeastSquares(samples=self.samples), tune)
+
+    def checkpoint(self, output: Path) -> Path | None:
+        """Where the state of training is stored until it is over: beside the artifact."""
+        return output.with_name(f"{output.name}.training") if self.recover in TUNINGS else None
+
+
+@Parameter(name="*", group=RECOVERY)
+@dataclass(frozen=True)
+class TrainingArguments(RecoveryArguments):
+    """The same, with training where nothing else is said."""
+
+    recover: Literal["calibrate", "least-squares", "batch-norm", "distill", "finetune", "none"] = "distill"
 
 
 @Parameter(name="*", group=TRUNCATION)

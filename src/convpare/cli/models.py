@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convpare import terminal
-from convpare.artifact import is_artifact, load_artifact
+from convpare.artifact import Artifact, is_artifact, load_artifact
 from convpare.cli.arguments import DataArguments, ModelArguments, numbers, option
 from convpare.data import Data, Preprocessing, load_data
 from convpare.errors import ConvpareError
@@ -64,10 +64,14 @@ def _open_artifact(folder: str, which: ModelArguments) -> Opened:
                 f"{folder} is a folder, so an artifact with weights and classes of its own; {option(name)} is for "
                 "models that are built by name"
             )
-    factory = None if which.model is None else (lambda: load_model(str(which.model)).module)
-    found = load_artifact(folder, factory)
+    found = artifact_of(folder, which)
     shape = found.plan.inputs[0] if found.plan else None
     return Opened(folder, found.module, which.model or found.spec, shape, found.preprocessing, random=False)
+
+
+def artifact_of(folder: str, which: ModelArguments) -> Artifact:
+    """The artifact in a folder; `which.model` builds what it was made of, where that is code of the user's own."""
+    return load_artifact(folder, None if which.model is None else (lambda: load_model(str(which.model)).module))
 
 
 def _build(model: str, which: ModelArguments) -> Opened:

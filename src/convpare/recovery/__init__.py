@@ -1,9 +1,12 @@
-"""Win accuracy back after surgery, without labels."""
+"""Win accuracy back after surgery, without labels or with them."""
 
 from convpare.recovery.batch_norm import recalibrate_
-from convpare.recovery.calibrate import Recovered, RecoverOptions, recover, recover_with
+from convpare.recovery.calibrate import Recovered, RecoverOptions, recover, recover_with, tuned
 from convpare.recovery.least_squares import Fitted, LeastSquares, compensate_
+from convpare.recovery.training import TrainOptions
+from convpare.recovery.tuning import TUNINGS, Tuned, TuneOptions, tune
 
 __all__ = [
-    "Fitted", "LeastSquares", "RecoverOptions", "Recovered", "compensate_", "recalibrate_", "recover", "recover_with",
+    "TUNINGS", "Fitted", "LeastSquares", "RecoverOptions", "Recovered", "TrainOptions", "TuneOptions", "Tuned",
+    "compensate_", "recalibrate_", "recover", "recover_with", "tune", "tuned",
 ]  # fmt: skip

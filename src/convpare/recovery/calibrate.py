@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,15 @@ from convpare.apply import graph_for, merged_for, plan_of
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
 from convpare.graph.surgery import removed
-from convpare.modes import eval_mode
 from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
 from convpare.recovery.batch_norm import norms_of, recalibrate_
 from convpare.recovery.least_squares import Fitted, LeastSquares, compensate_
-from convpare.redundancy.moments import first_tensor
+from convpare.recovery.outputs import outputs, relative_error
+from convpare.recovery.tuning import TUNINGS, Tuned, TuneOptions, tune
 from convpare.redundancy.taps import suited
 
-METHODS = ("calibrate", "least-squares", "batch-norm", "none")
+METHODS = ("calibrate", "least-squares", "batch-norm", "none", *TUNINGS)
 LEAST = 4  # images: two to fit to, two to compare on
 
 
@@ -30,16 +31,24 @@ class RecoverOptions:
 
     Attributes:
         method: "least-squares", "batch-norm", or "calibrate": both (and neither) are tried, and the one whose
-            outputs are nearest to the original's on calibration images that were not fitted to is taken.
+            outputs are nearest to the original's on calibration images that were not fitted to is taken. "distill"
+            and "finetune": the same, and then training, without labels and with them (`tune`).
         images: how many calibration images are used, a tenth of them (at least two) for that comparison.
         seed: of the choice of images.
         least_squares: see `LeastSquares`.
+        tune: see `TuneOptions`.
     """
 
     method: str = "calibrate"
     images: int = 1024
     seed: int = 0
     least_squares: LeastSquares = field(default_factory=LeastSquares)
+    tune: TuneOptions = field(default_factory=TuneOptions)
+
+    @property
+    def calibration(self) -> "RecoverOptions":
+        """The same without training."""
+        return replace(self, method="calibrate") if self.method in TUNINGS else self
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -50,9 +59,10 @@ class RecoverOptions:
 
 @dataclass(frozen=True, eq=False)
 class Recovered:
-    """A recovered network, which method was taken, and the relative output error of each that was tried.
+    """A recovered network, which calibration was taken, and the relative output error of each that was tried.
 
-    The error is ‖outputs − original's‖² / ‖original's − their mean‖² on the images kept aside.
+    The error is ‖outputs − original's‖² / ‖original's − their mean‖² on the images kept aside. `tuned`: what training
+    made of it, if there was any; `model` is then the trained one.
     """
 
     model: nn.Module
@@ -60,6 +70,7 @@ class Recovered:
     errors: dict[str, float]
     images: int
     fitted: Fitted | None
+    tuned: Tuned | None = None
 
 
 def recover(
@@ -71,13 +82,14 @@ def recover(
     options: RecoverOptions = RecoverOptions(),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """A copy of `small` whose weights are fitted to `teacher` on unlabelled images, without gradients.
+    """A copy of `small` whose weights are fitted to `teacher` on unlabelled images, without gradients if not asked for.
 
     Args:
         small: what `apply` made of `teacher`.
-        data: images (n, …), an image set, or data whose training images are taken. Labels are never used.
+        data: images (n, …), an image set, or data whose training images are taken. Only "finetune"
+            looks at labels.
         plan: the plan that made `small`, where it does not carry it (a module built by hand).
-        on_progress: called with (layers fitted, layers in all).
+        on_progress: called with (layers fitted, layers in all), then with steps of training.
 
     Raises:
         ConvpareError: `small` carries no plan and none is given, or the images do not suit the network.
@@ -98,6 +110,9 @@ def recover_with(
     plan = plan or plan_of(small)
     if plan is None:
         raise ConvpareError("this network carries no plan; give plan=, the one that made it from the teacher")
+    if options.method in TUNINGS:
+        found = recover_with(small, teacher, data, plan=plan, options=options.calibration, on_progress=on_progress)
+        return tuned(found, teacher, data, options, on_progress=on_progress)
     held, fit = _images_for(teacher, plan, data, options)
     tries: dict[str, tuple[nn.Module, Fitted | None]] = {}
     if options.method in ("none", "calibrate"):
@@ -107,11 +122,28 @@ def recover_with(
     if options.method in ("least-squares", "calibrate"):
         tries["least-squares"] = _least_squares(small, teacher, plan, fit, options, on_progress)
     reference = outputs(teacher, held)
-    errors = {name: _error(outputs(model, held), reference) for name, (model, _) in tries.items()}
+    errors = {name: relative_error(outputs(model, held), reference) for name, (model, _) in tries.items()}
     best = min(errors, key=lambda name: errors[name])
     if errors[best] == math.inf:
         raise ConvpareError("the networks' outputs are not finite: do the weights contain NaN or infinite values?")
     return Recovered(tries[best][0], best, errors, len(held) + len(fit), tries[best][1])
+
+
+def tuned(
+    found: Recovered,
+    teacher: nn.Module,
+    data: Data | ImageSet | Tensor,
+    options: RecoverOptions,
+    *,
+    checkpoint: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Recovered:
+    """The same after training, as `options.method` says. `checkpoint`: see `tune`."""
+    done = tune(
+        found.model, teacher, data, labels=options.method == "finetune", options=options.tune, seed=options.seed,
+        checkpoint=checkpoint, on_step=on_progress,
+    )  # fmt: skip
+    return replace(found, model=done.model, tuned=done)
 
 
 def _images_for(
@@ -152,16 +184,3 @@ def _least_squares(
         student, teacher, graph, plan.keep(graph), fit, options.least_squares, on_progress, plan.factorizations
     )
     return student, done
-
-
-def outputs(model: nn.Module, images: Tensor, batch_size: int = 128) -> Tensor:
-    """The first tensor that `model` returns for images (n, …), in evaluation mode, without gradients."""
-    with eval_mode(model), torch.no_grad():
-        return torch.cat([first_tensor(model(batch)) for batch in torch.split(images, batch_size)])
-
-
-def _error(got: Tensor, reference: Tensor) -> float:
-    error = (got - reference).double().square().sum()
-    spread = (reference - reference.mean(0)).double().square().sum().clamp_min(1e-300)
-    ratio = float(error / spread)
-    return math.inf if math.isnan(ratio) else ratio

@@ -1,10 +1,8 @@
-"""Plain supervised training: stochastic gradient descent on labelled images in memory, which can stop and go on."""
+"""Training: stochastic gradient descent on images in memory, by labels or another network; it can stop and go on."""
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,21 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
+from convpare.recovery.checkpoint import read_checkpoint, write_checkpoint
+from convpare.recovery.objectives import CrossEntropy, Objective
 
 SCHEDULES = ("one-cycle", "cosine")
 PADDINGS = ("zeros", "reflect")
+NORMS = ("batch", "frozen")
 _PEAK = 0.3  # the part of one cycle in which the learning rate rises
-_FORMAT = "convpare training 1"
+SAVED_EVERY = 60.0  # seconds, within an epoch
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a network is trained: SGD with Nesterov momentum on the cross-entropy.
+    """How a network is trained: SGD with Nesterov momentum.
 
     Attributes:
         epochs: passes over the images.
@@ -41,6 +40,11 @@ class TrainOptions:
         padding: what to pad with, "zeros" or "reflect".
         flip: mirror every other image, at random.
         bf16: autocast to bfloat16 (weights and their updates stay as they are).
+        norms: batch norms take the statistics of a "batch", or their own, "frozen": then what calibration made of
+            them holds from the first step on, and an image's output does not hang on the others of its batch.
+        clip: gradients whose norm is above are scaled down to it; 0: none.
+        ema: the result is an average of the weights over the steps, in which each step counts so much as often as the
+            next (and less in the first steps); 0: the last weights.
         seed: of the order of the images, augmentation and dropout.
 
     Raises:
@@ -57,11 +61,14 @@ class TrainOptions:
     padding: str = "zeros"
     flip: bool = False
     bf16: bool = False
+    norms: str = "batch"
+    clip: float = 0.0
+    ema: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("schedule", self.schedule, SCHEDULES), ("padding", self.padding, PADDINGS)):
-            if value not in choices:
+        for name, choices in (("schedule", SCHEDULES), ("padding", PADDINGS), ("norms", NORMS)):
+            if (value := getattr(self, name)) not in choices:
                 raise ConvpareError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
         if min(self.epochs, self.batch_size) < 1 or min(self.crop, self.seed) < 0:
             raise ConvpareError(
@@ -72,6 +79,10 @@ class TrainOptions:
             raise ConvpareError(
                 f"lr is {self.lr}, momentum {self.momentum}, weight_decay {self.weight_decay}; expected lr above 0, "
                 "momentum between 0 and 1, and weight_decay 0 or above."
+            )
+        if not (0 <= self.ema < 1 and 0 <= self.clip < math.inf):
+            raise ConvpareError(
+                f"ema is {self.ema}, clip {self.clip}; expected 0 for none, ema below 1 such as 0.999, clip above 0."
             )
 
     def learning_rate(self, progress: float) -> float:
@@ -94,26 +105,31 @@ class EpochRecord:
 def train_(
     model: nn.Module,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     options: TrainOptions = TrainOptions(),
     *,
+    objective: Objective | None = None,
     checkpoint: Path | None = None,
     on_progress: Callable[[EpochRecord], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[EpochRecord, ...]:
     """Train `model` in place. Modes, gradients and the global generators are left as they were.
 
-    With a checkpoint, the state is stored there after every epoch, in one safetensors file that replaces the one before
-    at once. If the file is there at the start, training goes on after its last epoch, and on a CPU, with the same
-    number of threads, ends with the very bits of a run that was never interrupted: the generators are seeded anew for
-    each epoch, by the seed and its number.
+    With a checkpoint, the state is stored there after every epoch and once a minute, in one safetensors file that
+    replaces the one before at once. If the file is there at the start, training goes on after that step, and on a CPU,
+    with the same number of threads, ends with the very bits of a run that was never interrupted: the generators are
+    seeded anew for each epoch, by the seed and its number, and within an epoch they are in the file.
 
     Args:
-        model: (b, c, *spatial) -> (b, classes), on any device; parameters that require no gradient stay.
+        model: (b, c, *spatial) -> (b, classes), or what the objective says; on any device. Parameters that require no
+            gradient stay.
         images: (n, c, *spatial) floating point, preprocessed, on any device. Crops and flips are of the last two axes.
-        labels: (n,) whole numbers.
+        labels: (n,) whole numbers; None for an objective that needs none.
         options: see `TrainOptions`.
+        objective: what is to become small; None: the cross-entropy of the labels.
         checkpoint: where the state is stored; None for nowhere.
         on_progress: called after every epoch, when it is stored.
+        on_step: called after every step with (steps done, of how many).
 
     Returns:
         What happened in each epoch, those before an interruption included.
@@ -122,26 +138,44 @@ def train_(
         ConvpareError: images, labels or outputs do not fit each other, the checkpoint is of another training, or the
             loss is not finite; the model's weights are then those of some step before.
     """
-    run = _Run(model, images, labels, options)
-    history = run.resume(checkpoint) if checkpoint is not None and checkpoint.exists() else []
-    with _training_mode(model), _own_generators(run.device):
-        for number in range(len(history) + 1, options.epochs + 1):
-            history.append(run.epoch(number))
+    run = _Run(model, images, labels, options, objective)
+    if checkpoint is not None and checkpoint.exists():
+        run.resume(checkpoint)
+    stored = time.monotonic()
+
+    def after_step() -> None:
+        nonlocal stored
+        if checkpoint is not None and time.monotonic() - stored >= SAVED_EVERY:
+            write_checkpoint(checkpoint, run.tensors(), run.about())
+            stored = time.monotonic()
+        if on_step is not None:
+            on_step(run.steps * len(run.history) + run.done, run.steps * options.epochs)
+
+    with _training_mode(model, options), _channels_last(model, images), _own_generators(run.device):
+        while len(run.history) < options.epochs:
+            run.epoch(after_step)
             if checkpoint is not None:
-                _write(checkpoint, run.tensors(), run.signature(), history)
+                write_checkpoint(checkpoint, run.tensors(), run.about())
+                stored = time.monotonic()
             if on_progress is not None:
-                on_progress(history[-1])
-    return tuple(history)
+                on_progress(run.history[-1])
+        run.take_average()
+    return tuple(run.history)
 
 
 class _Run:
-    """A model, what it is trained on, its optimizer, and what an epoch does with them."""
+    """A model, what it is trained on, its optimizer, how far it has come, and what an epoch does with them."""
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, options: TrainOptions) -> None:
+    def __init__(
+        self, model: nn.Module, images: Tensor, labels: Tensor | None, options: TrainOptions,
+        objective: Objective | None,
+    ) -> None:  # fmt: skip
         _check_images(images, labels, options)
+        if labels is None and objective is None:
+            raise ConvpareError("training on labels needs some; give them, or an objective that needs none.")
         self.model, self.images, self.labels, self.options = model, images, labels, options
+        self.objective = objective or CrossEntropy(int(labels.max()) + 1)  # type: ignore[union-attr]
         self.steps = math.ceil(len(images) / options.batch_size)
-        self.classes = int(labels.max()) + 1
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ConvpareError("the model has no parameter that requires a gradient; there is nothing to train.")
@@ -152,86 +186,147 @@ class _Run:
             {"params": [p for p in self.trained.values() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True)
+        self.average: dict[str, Tensor] = {}
+        self.history: list[EpochRecord] = []
+        self.done = 0  # steps of the epoch that is under way
+        self.seconds = 0.0  # spent on it
+        self.losses: list[Tensor] = []
+        self.right = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.generator = torch.Generator()  # of the images
 
-    def epoch(self, number: int) -> EpochRecord:
-        started = time.perf_counter()
-        generator = self._seeded(number)
-        order = torch.randperm(len(self.images), generator=generator)
-        losses, right = [], torch.zeros((), dtype=torch.int64, device=self.device)
-        for step, indices in enumerate(torch.tensor_split(order, self.steps)):
+    def epoch(self, after_step: Callable[[], None]) -> None:
+        """All steps of an epoch, or those that are left of it."""
+        started = time.perf_counter() - self.seconds
+        number, under_way = len(self.history) + 1, self._generators() if self.done else None
+        self._seed(number)
+        order = torch.randperm(len(self.images), generator=self.generator)
+        if under_way is not None:
+            self._set_generators(under_way)
+        for indices in torch.tensor_split(order, self.steps)[self.done :]:
             x = self.images[indices.to(self.images.device)].to(self.device, self.dtype)
-            y = self.labels[indices.to(self.labels.device)].to(self.device, torch.int64)
-            logits = self._logits(augmented(x, self.options, generator))
-            loss = F.cross_entropy(logits, y, reduction="sum")
-            self._step(loss / len(y), (number - 1 + (step + 0.5) / self.steps) / self.options.epochs)
-            losses.append(loss.detach())
-            right += (logits.argmax(1) == y).sum()
-        mean = float(torch.stack(losses).cpu().double().sum()) / len(self.images)
+            y = None
+            if self.labels is not None:
+                y = self.labels[indices.to(self.labels.device)].to(self.device, torch.int64)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+                loss, right = self.objective(self.model, augmented(x, self.options, self.generator), y)
+            self._step(loss / len(x), (number - 1 + (self.done + 0.5) / self.steps) / self.options.epochs)
+            self.losses.append(loss.detach())
+            self.right += right
+            self.done += 1
+            self.seconds = time.perf_counter() - started
+            if self.done < self.steps:
+                after_step()
+        mean = float(torch.stack(self.losses).cpu().double().sum()) / len(self.images)
         if not math.isfinite(mean):
             raise ConvpareError(
                 f"the loss is {mean} in epoch {number}, at a learning rate of up to {self.options.lr:g}: training has "
                 f"diverged. Lower lr, such as to {self.options.lr / 3:.2g}; if that does not help, look for NaN or "
                 "infinity in the images and the weights."
             )
-        return EpochRecord(number, mean, 100 * int(right) / len(self.images), time.perf_counter() - started)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-            logits: Tensor = self.model(x)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ConvpareError(f"the model gave {got} for {len(x)} images; training needs (images, classes) outputs.")
-        if logits.shape[1] < self.classes:
-            raise ConvpareError(
-                f"the labels go up to {self.classes - 1}, but the model has outputs for {logits.shape[1]} classes, "
-                "counted from 0; build it with as many classes as the labels have."
-            )
-        return logits.float() if self.options.bf16 else logits
+        self.history.append(EpochRecord(number, mean, 100 * int(self.right) / len(self.images), self.seconds))
+        self.done, self.seconds, self.losses = 0, 0.0, []
+        self.right.zero_()
+        after_step()
 
     def _step(self, loss: Tensor, progress: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate(progress)
         self.optimizer.zero_grad()
         loss.backward()
+        if self.options.clip:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip)
         self.optimizer.step()
+        if self.options.ema:
+            self._add_to_average(self.steps * len(self.history) + self.done)
 
-    def _seeded(self, number: int) -> torch.Generator:
-        """A generator for the epoch's images; the global ones, which dropout reads, are seeded, too."""
+    @torch.no_grad()
+    def _add_to_average(self, steps: int) -> None:
+        state = self.model.state_dict()
+        if not self.average:
+            self.average = {name: value.clone() for name, value in state.items()}
+        kept = min(self.options.ema, (1 + steps) / (10 + steps))
+        for name, value in state.items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - kept)
+            else:
+                self.average[name].copy_(value)
+
+    def take_average(self) -> None:
+        """The average of the weights in place of the last ones, if there is one."""
+        if self.average:
+            self.model.load_state_dict(self.average)
+
+    def _seed(self, number: int) -> None:
+        """Seed the generators of an epoch: of its images, and the global ones, which dropout reads."""
         seeds = np.random.SeedSequence([self.options.seed, number]).generate_state(2, np.uint64).tolist()
         torch.default_generator.manual_seed(seeds[0])
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seeds[0])
-        return torch.Generator().manual_seed(seeds[1])
+        self.generator.manual_seed(seeds[1])
+
+    def _generators(self) -> dict[str, Tensor]:
+        found = {"images": self.generator.get_state(), "global": torch.get_rng_state()}
+        return found | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
+    def _set_generators(self, states: dict[str, Tensor]) -> None:
+        self.generator.set_state(states["images"])
+        torch.set_rng_state(states["global"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that changes from epoch to epoch, by name."""
+        """All that changes from step to step, by name."""
         state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, p in self.trained.items():
             if "momentum_buffer" in self.optimizer.state[p]:  # else it had no gradient
                 state[f"momentum.{name}"] = self.optimizer.state[p]["momentum_buffer"]
+        state |= {f"average.{name}": value for name, value in self.average.items()}
+        if self.done:
+            state |= {f"generator.{name}": value for name, value in self._generators().items()}
+            state |= {"epoch.losses": torch.stack(self.losses), "epoch.right": self.right}
         return state
 
-    def signature(self) -> dict[str, Any]:
-        """What must be the same for a training to go on."""
+    def about(self) -> dict[str, Any]:
+        """Where it is, and what must be the same for it to go on."""
+        history = [asdict(record) for record in self.history]
+        return {**self._signature(), "history": history, "step": self.done, "seconds": self.seconds}
+
+    def _signature(self) -> dict[str, Any]:
         shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
         return {"options": asdict(self.options), "images": list(self.images.shape), "shapes": shapes}
 
-    def resume(self, path: Path) -> list[EpochRecord]:
-        """Take up the state of a checkpoint; what happened before it."""
-        tensors, signature, history = _read(path)
-        mine = self.signature()
-        different = [name for name in mine if signature.get(name) != mine[name]]
+    def resume(self, path: Path) -> None:
+        """Take up the state of a checkpoint."""
+        tensors, about = read_checkpoint(path)
+        mine = self._signature()
+        different = [name for name in mine if about.get(name) != mine[name]]
         if different:
             raise ConvpareError(
                 f"the checkpoint {path} is of a training with other {' and '.join(different)}; give the same ones to "
                 "go on, another path, or delete it to start anew."
             )
-        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
+        try:
+            self._take(tensors, about)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ConvpareError(f"the checkpoint {path} is damaged ({error}); delete it to start anew.") from error
+
+    def _take(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        history = [EpochRecord(**record) for record in about["history"]]
+        state = {name: tensors[f"model.{name}"] for name in self.model.state_dict()}
+        self.model.load_state_dict(state)
+        if any(name.startswith("average.") for name in tensors):
+            own = self.model.state_dict()
+            self.average = {name: tensors[f"average.{name}"].to(value.device) for name, value in own.items()}
         for name, p in self.trained.items():
             if f"momentum.{name}" in tensors:
                 self.optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{name}"].to(p)
-        return history
+        self.history, self.done, self.seconds = history, int(about["step"]), float(about["seconds"])
+        if self.done:
+            self.losses = list(tensors["epoch.losses"].to(self.device))
+            self.right = tensors["epoch.right"].to(self.device)
+            start = "generator."
+            self._set_generators({n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)})
 
 
 def augmented(images: Tensor, options: TrainOptions, generator: torch.Generator) -> Tensor:
@@ -253,17 +348,18 @@ def augmented(images: Tensor, options: TrainOptions, generator: torch.Generator)
     return picked.movedim(-1, 1).reshape(images.shape).contiguous()
 
 
-def _check_images(images: Tensor, labels: Tensor, options: TrainOptions) -> None:
+def _check_images(images: Tensor, labels: Tensor | None, options: TrainOptions) -> None:
     if images.ndim < 2 or not images.is_floating_point() or len(images) == 0:
         raise ConvpareError(
             f"images are {images.dtype}, {tuple(images.shape)}; give preprocessed floating-point images (n, c, ...)."
         )
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if labels.shape != (len(images),) or not whole or int(labels.min()) < 0:
-        raise ConvpareError(
-            f"there are {len(images)} images and labels of shape {tuple(labels.shape)} and type {labels.dtype}; give "
-            "one whole number per image, the index of its class from 0."
-        )
+    if labels is not None:
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if labels.shape != (len(images),) or not whole or int(labels.min()) < 0:
+            raise ConvpareError(
+                f"there are {len(images)} images and labels of shape {tuple(labels.shape)} and type {labels.dtype}; "
+                "give one whole number per image, the index of its class from 0."
+            )
     if (options.crop or options.flip) and images.ndim < 4:
         raise ConvpareError(f"images are {tuple(images.shape)}; crops and flips need (n, c, ..., height, width).")
     if options.padding == "reflect" and options.crop and options.crop >= min(images.shape[-2:]):
@@ -271,11 +367,14 @@ def _check_images(images: Tensor, labels: Tensor, options: TrainOptions) -> None
 
 
 @contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
+def _training_mode(model: nn.Module, options: TrainOptions) -> Iterator[None]:
     """Put `model` in training mode, and give back modes and gradients, however the block ends."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     model.train()
+    for module in model.modules():
+        if options.norms == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     try:
         yield
     finally:
@@ -286,31 +385,22 @@ def _training_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _channels_last(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """The memory format in which convolutions of pictures are fastest; given back as the usual one."""
+    if images.ndim != 4:
+        yield
+        return
+    formats = {p: p.stride() for p in model.parameters() if p.ndim == 4}
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, stride in formats.items():
+                p.data = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(p)
+
+
+@contextmanager
 def _own_generators(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], signature: Mapping[str, Any], history: list[EpochRecord]) -> None:
-    about = {**signature, "history": [asdict(record) for record in history]}
-    own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}  # tied ones share memory
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(safetensors.save(own, {"format": _FORMAT, "about": json.dumps(about)}))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[EpochRecord]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
-        if metadata.get("format") != _FORMAT:
-            raise ConvpareError(f"{path} is no checkpoint of a training; give another path or delete it.")
-        about = json.loads(metadata["about"])
-        history = [EpochRecord(**record) for record in about.pop("history")]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ConvpareError(f"the checkpoint {path} is damaged ({error}); delete it to start anew.") from error
-    return tensors, about, history
