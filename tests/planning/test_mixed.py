@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from narrowed import as_long_as_planned
 from torch import Tensor, nn
 
 import convpare
@@ -81,9 +80,9 @@ def test_the_cost_of_any_choice():
     for _ in range(12):
         counts = np.array([rng.integers(max(1, g.channels // 2), g.channels + 1) for g in graph.groups], float)
         keep = keep_of(graph, orders, counts)
-        at = [int(rng.choice(as_long_as_planned(graph, c, keep))) for c in choices]
+        at = [int(rng.integers(0, 1 + len(c.chains))) for c in choices]
         edits = [
-            Factorize(c.layer.name, c.chains[i - 1].form, c.chains[i - 1].ranks, ())
+            Factorize(c.layer.name, c.chains[i - 1].form, (c.chains[i - 1].rank,), ())
             for c, i in zip(choices, at, strict=True)
             if i
         ]
@@ -150,7 +149,7 @@ def test_chains_of_a_layer():
         small.weight.copy_(model.a2.weight[:, 5:])
     metric = restricted(known["a2"], graph, layer, keep)
     for chain in found[::5]:
-        factors = convpare.factorize.factorize(small, chain.form, chain.ranks, metric)
+        factors = convpare.factorize.factorize(small, chain.form, (chain.rank,), metric)
         exact = chain.form.startswith("o|")
         assert factors.details["output_error"] == pytest.approx(chain.error, rel=1e-3 if exact else 0.5, abs=2e-3)
 
@@ -210,7 +209,7 @@ def test_chains_alone_are_the_best_there_are():
         if planned_cost(
             graph,
             graph.keep_all(),
-            [Factorize(x.layer.name, c.form, c.ranks, ()) for x, c in zip(choices, at, strict=True) if c is not None],
+            [Factorize(x.layer.name, c.form, (c.rank,), ()) for x, c in zip(choices, at, strict=True) if c is not None],
         ).macs
         <= 0.6 * made.before.macs
     )[0]
@@ -247,11 +246,11 @@ def test_compress_does_all_of_it(tmp_path: Path):
 def test_what_one_method_cannot_reach_the_others_can():
     model = net()
     done = compress(
-        model, IMAGES[:1], IMAGES, macs=0.04, criterion="reconstruction",
+        model, IMAGES[:1], IMAGES, macs=0.06, criterion="reconstruction",
         options=CompressOptions(plan=mixed("prune", "factorize")),
     )  # fmt: skip
     assert "factorize" not in done.tried
-    assert done.plan.achieved["macs"] <= 0.04
+    assert done.plan.achieved["macs"] <= 0.06
 
 
 def test_what_cannot_be_planned_says_so():

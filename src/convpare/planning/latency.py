@@ -44,7 +44,7 @@ class NetworkTimes:
     whole: float = field(init=False)
     untimed: tuple[str, ...] = field(init=False)
     _known: dict[tuple[str, str, tuple[int, ...], int, int], float] = field(init=False, default_factory=dict)
-    _signatures: dict[tuple[str, str, int, Extent], tuple[Signature, ...]] = field(init=False, default_factory=dict)
+    _signatures: dict[tuple[str, str, Extent], tuple[Signature, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._modules = {layer.name: _plain(self.model, layer) for layer in self.graph.layers}
@@ -117,7 +117,7 @@ class NetworkTimes:
         self, layer: Layer, form: str, shapes: tuple[tuple[int, ...], ...], extent: Extent
     ) -> tuple[Signature, ...]:
         """Of a layer or its chain: all but the channels, which are the same for every rank."""
-        key = layer.name, form, len(shapes), extent
+        key = layer.name, form, extent
         if key not in self._signatures:
             module: Any = self._modules[layer.name]
             batch = max(1, round(extent.batch * self.times.target.batch / self.graph.inputs[0][0]))

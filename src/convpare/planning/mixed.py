@@ -183,7 +183,7 @@ class MixedModel(CostModel):
         if (layer, into, out) not in self._taken:
             assert self._times is not None
             own = self.choices[layer]
-            chains = [None, *((chain.form, chain.ranks) for chain in own.chains)]
+            chains = [None, *((chain.form, (chain.rank,)) for chain in own.chains)]
             taken = np.array([self._times.of(own.layer, chain, into, out) for chain in chains])
             self._taken[layer, into, out] = taken - taken[0]
         return self._taken[layer, into, out]

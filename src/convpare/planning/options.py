@@ -1,8 +1,6 @@
-"""What each layer could become: chains across its cuts or by Tucker, what they cost, and what error they add."""
+"""What each layer could become: chains of two layers across its cuts, what they cost, and what error they add."""
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,16 +11,14 @@ from torch import Tensor, nn
 from convpare.errors import ConvpareError
 from convpare.factorize.chain import Layout
 from convpare.factorize.edit import layer_of, shape_in
-from convpare.factorize.forms import Form, Shape
-from convpare.factorize.metric import Metric, Whitening
-from convpare.factorize.tucker import Tucker2, higher_order_svd
+from convpare.factorize.forms import Shape
+from convpare.factorize.metric import Metric
 from convpare.factorize.two_factors import TwoFactors
 from convpare.graph.structure import Graph, Layer
 from convpare.redundancy.cuts import Kernel, cuts_of
 from convpare.redundancy.moments import Moments, that_run
 
-RANKS = 32  # of a cut, about so many are tried
-PAIRS = 10  # of a Tucker decomposition, at most so many ranks of its inputs with as many of its outputs
+RANKS = 32  # of a form, about so many are tried
 
 Bilinear = tuple[float, float, float, float]
 """a, b, c, d of a cost a + b·I + c·O + d·I·O of a layer's I inputs and O outputs."""
@@ -30,10 +26,10 @@ Bilinear = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Chain:
-    """A form of a layer at its ranks: its MACs and parameters, biases apart, and the error that it adds."""
+    """A form of a layer at a rank: its MACs and parameters, biases apart, and the error that it adds."""
 
     form: str
-    ranks: tuple[int, ...]
+    rank: int
     macs: Bilinear
     params: Bilinear
     error: float
@@ -78,9 +74,7 @@ def restricted(metric: Metric, graph: Graph, layer: Layer, keep: np.ndarray) -> 
 def dense_cost(graph: Graph, layer: Layer) -> tuple[Bilinear, Bilinear]:
     """MACs and parameters of a layer as it is, bias apart."""
     spatial = shape_in(graph, layer, graph.keep_all()).tensor.shape[3:]
-    return _bilinear(
-        layer, lambda sizes: ((1, sizes[1], sizes[0], *spatial),), shape_in(graph, layer, graph.keep_all())
-    )
+    return _bilinear(layer, lambda sizes: ((1, sizes[1], sizes[0], *spatial),))
 
 
 def chains_of(
@@ -102,44 +96,26 @@ def chains_of(
     transposed = layer.kind == "conv_transpose"
     kernel, metric = Kernel.of(left, 1, transposed), restricted(metric, graph, layer, keep)
     unit = metric.cost(kernel) if relative else graph.inputs[0][0] / layer.positions
-    found = [
-        Chain(form.name, ranks, *_bilinear(layer, partial(_shapes, kernel, form, ranks, transposed), kernel),
-              lost / max(unit, 1e-300))
-        for form, ranks, lost in (*_by_cuts(kernel, transposed, metric), *_by_tucker(kernel, transposed, metric))
-    ]  # fmt: skip
+    found = []
+    for cut in cuts_of(kernel.dimensions):
+        if transposed and not cut.splits_channels:
+            continue
+        form = TwoFactors(cut)
+        worth = form.losses(kernel, transposed, metric)[0].cpu().numpy()
+        lost = np.concatenate([worth[::-1].cumsum()[::-1][1:], [0.0]]) / max(unit, 1e-300)
+        for rank in _ranks(len(worth)):
+            costs = _bilinear(layer, partial(_shapes, kernel, form, rank, transposed))
+            found.append(Chain(cut.name, rank, *costs, float(lost[rank - 1])))
     sizes = len(into), len(out)
     whole = value(dense_cost(graph, layer)[0], *sizes)
     slowest = times(layer, None, *sizes) if times else 0.0
     spent = [
         (value(c.macs, *sizes), value(c.params, *sizes),
-         times(layer, (c.form, c.ranks), *sizes) if times else 0.0)
+         times(layer, (c.form, (c.rank,)), *sizes) if times else 0.0)
         for c in found
     ]  # fmt: skip
     kept = [n for n, (macs, _, taken) in enumerate(spent) if macs < whole and (not times or taken < slowest)]
     return _front([found[n] for n in kept], [spent[n] for n in kept])
-
-
-def _by_cuts(kernel: Kernel, transposed: bool, metric: Metric) -> Iterator[tuple[Form, tuple[int, ...], float]]:
-    """Two layers across each cut, with what they lose."""
-    for cut in cuts_of(kernel.dimensions):
-        if cut.splits_channels or not transposed:
-            form = TwoFactors(cut)
-            worth = form.losses(kernel, transposed, metric)[0].cpu().numpy()
-            lost = np.concatenate([worth[::-1].cumsum()[::-1][1:], [0.0]])
-            yield from ((form, (rank,), float(lost[rank - 1])) for rank in _ranks(len(worth)))
-
-
-def _by_tucker(kernel: Kernel, transposed: bool, metric: Metric) -> Iterator[tuple[Form, tuple[int, ...], float]]:
-    """Three layers, 1x1 first and last, with what the higher-order SVD of the whitened kernel loses."""
-    form, (out, into) = Tucker2(), kernel.tensor.shape[1:3]
-    if transposed or math.prod(kernel.tensor.shape[3:]) == 1:
-        return
-    white = Whitening(metric, kernel).whiten(kernel)
-    _, core = higher_order_svd(white, {"o": out, "i": into})
-    energy = core[0].flatten(2).square().sum(2).cumsum(0).cumsum(1).cpu().numpy()
-    for ranks in itertools.product(_fewer(out), _fewer(into)):
-        if form.feasible(kernel, ranks) == ranks:
-            yield form, ranks, max(float(energy[-1, -1] - energy[ranks[0] - 1, ranks[1] - 1]), 0.0)
 
 
 def value(cost: Bilinear, into: float, out: float) -> float:
@@ -155,40 +131,25 @@ def _ranks(full: int) -> list[int]:
     return sorted(spread | set(range(16, min(full, 16 * RANKS) + 1, 16)))
 
 
-def _fewer(full: int) -> list[int]:
-    """Some ranks below the full one; of many, those that machines like."""
-    step = 16 if full >= 16 * PAIRS else 1
-    return sorted({max(round(r / step) * step, 1) for r in np.linspace(1, full - 1, PAIRS)} if full > 1 else [])
-
-
-def _shapes(
-    kernel: Kernel, form: Form, ranks: tuple[int, ...], transposed: bool, sizes: tuple[int, int]
-) -> tuple[Shape, ...]:
+def _shapes(kernel: Kernel, form: TwoFactors, rank: int, transposed: bool, sizes: tuple[int, int]) -> tuple[Shape, ...]:
     resized = Kernel(torch.empty(1, sizes[1], sizes[0], *kernel.tensor.shape[3:], device="meta"))
-    return form.shapes(resized, ranks, transposed)
+    return form.shapes(resized, (rank,), transposed)
 
 
-def _bilinear(
-    layer: Layer, shapes: Callable[[tuple[int, int]], tuple[Shape, ...]], kernel: Kernel
-) -> tuple[Bilinear, Bilinear]:
-    """The costs of layers whose shapes are bilinear in (inputs, outputs) from the kernel's on, from those at four."""
-    out, into = kernel.tensor.shape[1:3]
-    corners = [
-        Layout(shapes((into + wider, out + taller)), layer.kind == "conv_transpose")
-        for taller, wider in itertools.product((0, 1), repeat=2)
-    ]
+def _bilinear(layer: Layer, shapes: Callable[[tuple[int, int]], tuple[Shape, ...]]) -> tuple[Bilinear, Bilinear]:
+    """The costs of layers whose shapes are bilinear in (inputs, outputs), from those at four sizes."""
+    corners = [Layout(shapes(sizes), layer.kind == "conv_transpose") for sizes in ((1, 1), (2, 1), (1, 2), (2, 2))]
     return (
-        _through([float(c.macs(layer.extents)) for c in corners], into, out),
-        _through([float(c.params) for c in corners], into, out),
+        _through([float(c.macs(layer.extents)) for c in corners]),
+        _through([float(c.params) for c in corners]),
     )
 
 
-def _through(corners: list[float], into: int, out: int) -> Bilinear:
-    """The bilinear cost with these values at (into, out), (into + 1, out), (into, out + 1) and (into + 1, out + 1)."""
+def _through(corners: list[float]) -> Bilinear:
     one, wide, tall, both = corners
     d = both - wide - tall + one
-    b, c = wide - one - d * out, tall - one - d * into
-    return one - b * into - c * out - d * into * out, b, c, d
+    b, c = wide - one - d, tall - one - d
+    return one - b - c - d, b, c, d
 
 
 def _front(found: list[Chain], costs: Sequence[tuple[float, ...]]) -> list[Chain]:

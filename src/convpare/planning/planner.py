@@ -313,7 +313,7 @@ def _choose_mixed(statistics: Statistics, budget: Budget, options: PlanOptions) 
         keep = keep_of(graph, orders, counts)
         chains, gap = MixedModel(graph, choices, times).best_chains(counts, limits)
         edits = tuple(
-            Factorize(x.layer.name, chain.form, chain.ranks, _shape(graph, x.layer, keep), chain.error)
+            Factorize(x.layer.name, chain.form, (chain.rank,), _shape(graph, x.layer, keep), chain.error)
             for x, chain in zip(choices, chains, strict=True)
             if chain is not None
         )

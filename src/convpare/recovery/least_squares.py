@@ -198,13 +198,13 @@ def _sites(
 
 
 def _whole(site: Site, run: Run, teacher: nn.Module, edit: Factorize, options: LeastSquares) -> Site | None:
-    """The layer that a planned chain stands for, as a site at the chain's first layer, where it can be fitted so."""
+    """The layer that a chain of two stands for, as a site at the chain's first layer, where it can be fitted as one."""
     module = teacher.get_submodule(edit.layer)
     first = next(n for n in run.nodes if _weight_name(run, n) == f"{edit.layer}.0.weight")
     padded = getattr(module, "padding_mode", "zeros") != "zeros"
     late = site.other is not None and run.position.get(site.other, -1) >= run.position[first]
     wide = math.prod(edit.shape[1:]) > options.widest
-    if padded or late or wide or not ("|" in edit.form or edit.form == "tucker2"):
+    if padded or late or wide or "|" not in edit.form:
         return None
     layer = replace(site.layer, name=edit.layer, weight=edit.layer)
     return replace(site, layer=layer, node=first, geometry=Geometry.of_module(module))
