@@ -231,6 +231,25 @@ def mixed() -> None:
                 point(f"{name}-{label}-{seed}", command(line))
 
 
+def training() -> None:
+    how = "--macs 0.5173 --params 0.421 --methods prune,factorize --criterion sensitivity --recover distill"
+    for seed in SEEDS:
+        point(f"distill-point-{seed}", command(f"compress {RESNET56} {how} --seed {seed}"))
+
+
+def training_rows() -> list[str]:
+    """MACs, parameters, accuracy after each stage, gradients of images, seconds of training; a row a seed."""
+    rows = []
+    for name, p in stored("distill-").items():
+        stages = " | ".join(f"{stage['top1']:.2f}" for stage in p["stages"][1:])
+        macs, params, trained = *p["achieved"].values(), p["recovery"]["training"]
+        rows.append(
+            f"| {name.replace('-', ', seed ')} | {macs:.4f} | {params:.4f} | {stages} | "
+            f"{trained['gradient_passes']:,} | {trained['seconds']:.0f} |"
+        )
+    return rows
+
+
 def structure() -> None:
     for spec, size in ARCHITECTURES.items():
         point(f"check-{spec.rpartition(':')[2]}", architecture(spec, size))
@@ -315,16 +334,18 @@ def tables() -> str:
         ),
         commands="\n".join(p["command"] for p in (
             dense, seeds_of("qsfm-point-qsfm-ssim")[0], *(seeds_of(name)[0] for name in LABELS if seeds_of(name)),
-            *seeds_of("mixed-point-mixed")[:1], mobile, stored("mobilenet-reconstruction")[""],
+            *seeds_of("mixed-point-mixed")[:1], *seeds_of("distill-point")[:1], mobile,
+            stored("mobilenet-reconstruction")[""],
         )),
         mixed="\n".join(mixed_rows()), latency="\n".join(latency_rows()), peers="\n".join(peer_rows()),
-        checked="\n".join(checked), timed="\n".join(timed),
+        training="\n".join(training_rows()), checked="\n".join(checked), timed="\n".join(timed),
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("accuracy", "mixed", "structure", "timing", "latency"))
+    parts = {each.__name__: each for each in (structure, timing, latency, accuracy, mixed, training)}
+    parser.add_argument("part", nargs="?", choices=parts)
     part = parser.parse_args().part
     if "CONVPARE_SHARED" not in os.environ:
         sys.exit("CONVPARE_SHARED does not name the folder of real data and weights")
@@ -334,6 +355,6 @@ if __name__ == "__main__":
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for each in [part] if part else ["structure", "timing", "latency", "accuracy", "mixed"]:
-        {"accuracy": accuracy, "mixed": mixed, "structure": structure, "timing": timing, "latency": latency}[each]()
+    for name in [part] if part else parts:
+        parts[name]()
     (ROOT / "docs" / "results" / "README.md").write_text(tables())
