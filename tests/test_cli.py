@@ -265,7 +265,7 @@ WRONG_OPTIONS = {
     "inspect": "MODEL requires an argument",
     "inspect convpare:digits --frob": "Unknown option: --frob",
     "inspect convpare:digits extra": "extra",
-    "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, recover, evaluate, bench, truncate, theory",
+    "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, recover, evaluate, bench, truncate",
     "compress convpare:digits --data digits --macs 0.5": "--output requires an argument",
     f"{COMPRESS}": "how much shall go.*--macs, --params or --latency",
     f"{COMPRESS} --macs 0": r"macs budget is 0\.0; expected a fraction .* above 0 and at most 1",
