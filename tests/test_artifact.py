@@ -23,16 +23,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+import convpare
 from convpare import artifact
+from convpare.apply import plan_of
 from convpare.artifact import is_artifact, load, load_artifact, save
 from convpare.blocks import ZeroPadShortcut, mobilenet_v1_025, resnet20
 from convpare.blocks.cifar import CifarResNet
+from convpare.blocks.digits import digits_net
 from convpare.data.preprocessing import Preprocessing
 from convpare.errors import ConvpareError
 from convpare.graph import mends, removed, trace
 from convpare.graph.mending import numbers, set_numbers
 from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan, RemoveChannels
+from convpare.planning.settings import PlanOptions
 from convpare.zoo import load_model
 
 torch.set_num_threads(1)
@@ -161,6 +165,20 @@ def test_the_weights_are_a_plain_safetensors_file(saved, small_pruned):
 def test_what_is_not_given_is_none(tmp_path, small_pruned):
     back = load_artifact(save(small_pruned, tmp_path / "net"), small)
     assert (back.plan, back.spec, back.preprocessing, back.figures) == (None, None, None, {})
+
+
+def test_the_plan_that_apply_left_is_saved(tmp_path):
+    """A network with chains in place of layers is loaded by it."""
+    torch.manual_seed(0)
+    model, x = digits_net().eval(), torch.randn(32, 1, 8, 8)
+    options = PlanOptions(methods=("factorize",), images=32)
+    made = convpare.plan(model, x[:1], x, macs=0.6, criterion="sensitivity", options=options)
+    assert made.factorizations
+    small = convpare.apply(model, made, x)
+    back = load_artifact(save(small, tmp_path / "net", spec="convpare:digits"))
+    assert back.plan is not None
+    assert back.plan.to_json() == plan_of(small).to_json()
+    assert_same(back.module, small)
 
 
 def test_another_number_of_classes_than_the_spec_builds(tmp_path):

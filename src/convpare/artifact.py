@@ -33,6 +33,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from convpare import __version__
+from convpare.apply import plan_of
 from convpare.data.preprocessing import Preprocessing
 from convpare.errors import ConvpareError
 from convpare.factorize.edit import skeleton_
@@ -89,7 +90,7 @@ def save(
     Args:
         model: its class and forward are not saved, only what surgery and training change.
         directory: missing parents are made.
-        plan: how the model was made smaller.
+        plan: how the model was made smaller; None: as the one says that `apply` left with it, if there is one.
         spec: how to build the model that `plan` was applied to, so that a builtin one loads without a factory.
         preprocessing: what its images go through.
         figures: JSON values to keep with it, such as accuracies.
@@ -103,6 +104,7 @@ def save(
         target = _resolved(directory)
         _check_target(target)
     weights, content = _encode(model, spec)
+    plan = plan or plan_of(model)
     content["plan"] = None if plan is None else plan.to_json()
     content["preprocessing"] = None if preprocessing is None else preprocessing.to_json()
     content["figures"] = dict(figures or {})
