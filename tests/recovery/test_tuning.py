@@ -112,6 +112,20 @@ def test_minutes_become_passes(
     assert found == {0.1: (1, 6 * 128), 0.2: (1, 1298), 0.4: (2, 1298)}
 
 
+def test_minutes_hold_for_fewer_images_than_a_batch(small: nn.Module, teacher: nn.Module, digits: Data):
+    done = tune(small, teacher, digits, options=TuneOptions(minutes=0.05, images=40))
+    assert done.images == 36
+    assert len(done.history) > 5
+
+
+def test_another_way_does_not_go_on_where_one_was_stopped(
+    small: nn.Module, teacher: nn.Module, digits: Data, tmp_path: Path
+):
+    tune(small, teacher, digits, options=FEW, checkpoint=tmp_path / "state")
+    with pytest.raises(ConvpareError, match="of a training with other labels"):
+        tune(small, teacher, digits, labels=True, options=FEW, checkpoint=tmp_path / "state")
+
+
 def _stepping(*_, on_step, **__):
     for step in range(1, 5):
         on_step(step, 4)

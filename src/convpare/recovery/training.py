@@ -139,8 +139,6 @@ def train_(
             loss is not finite; the model's weights are then those of some step before.
     """
     run = _Run(model, images, labels, options, objective)
-    if checkpoint is not None and checkpoint.exists():
-        run.resume(checkpoint)
     stored = time.monotonic()
 
     def after_step() -> None:
@@ -152,6 +150,8 @@ def train_(
             on_step(run.steps * len(run.history) + run.done, run.steps * options.epochs)
 
     with _training_mode(model, options), _channels_last(model, images), _own_generators(run.device):
+        if checkpoint is not None and checkpoint.exists():
+            run.resume(checkpoint)
         while len(run.history) < options.epochs:
             run.epoch(after_step)
             if checkpoint is not None:
@@ -294,7 +294,8 @@ class _Run:
 
     def _signature(self) -> dict[str, Any]:
         shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
-        return {"options": asdict(self.options), "images": list(self.images.shape), "shapes": shapes}
+        images, labels = list(self.images.shape), self.labels is not None
+        return {"options": asdict(self.options), "images": images, "labels": labels, "shapes": shapes}
 
     def resume(self, path: Path) -> None:
         """Take up the state of a checkpoint."""

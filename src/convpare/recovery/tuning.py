@@ -81,7 +81,7 @@ class Tuned:
         images: how many were trained on.
         labelled: whether their labels were looked at.
         errors: the relative error of the outputs (see `Recovered`) on images kept aside, before and after.
-        seconds: of training alone.
+        seconds: of training alone, before an interruption, too.
     """
 
     model: nn.Module
@@ -155,11 +155,10 @@ def tune(
     images, wanted = images[:count], None if wanted is None else wanted[:count]
     reference = outputs(teacher, held)
     before = relative_error(outputs(student, held), reference)
-    started = time.perf_counter()
     history = train_(
         student, images, wanted, training, objective=objective, checkpoint=checkpoint, on_step=on_step,
     )  # fmt: skip
-    seconds = time.perf_counter() - started
+    seconds = sum(record.seconds for record in history)
     after = relative_error(outputs(student, held), reference)
     return Tuned(student, history, training, len(images), wanted is not None, (before, after), seconds)
 
@@ -212,15 +211,15 @@ def _within(
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ConvpareError(f"the checkpoint {checkpoint} is damaged; delete it to start anew.") from error
     some = images[: training.batch_size * (1 + PROBED)]
-    steps = math.ceil(len(some) / training.batch_size)
+    passes = 1 if len(some) > training.batch_size else 2  # two steps at least
     stamps: list[float] = []
     train_(
-        copy.deepcopy(student), some, None if labels is None else labels[: len(some)], replace(training, epochs=1),
+        copy.deepcopy(student), some, None if labels is None else labels[: len(some)], replace(training, epochs=passes),
         objective=objective, on_step=lambda *_: stamps.append(time.perf_counter()),
     )  # fmt: skip
-    each = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else math.inf
-    affordable = max(1, int(60 * options.minutes / each)) if steps > 1 else math.ceil(len(images) / training.batch_size)
-    epochs = max(1, affordable * training.batch_size // len(images))
+    each = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    affordable = max(1, int(60 * options.minutes / each))
+    epochs = max(1, affordable // math.ceil(len(images) / training.batch_size))
     return replace(training, epochs=epochs), min(len(images), affordable * training.batch_size)
 
 
