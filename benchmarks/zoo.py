@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from convpare.errors import ConvpareError
 from convpare.graph import Graph, check, removed, self_check, trace, zeroed
@@ -327,6 +328,7 @@ def checked(model: nn.Module, graph: Graph) -> Record:
         "exact": found.passed,
         "error": number(found.max_relative_error),
         "checked_at": [list(shape) for shape in graph.inputs],
+        **({} if found.rounding is None else {"rounding": number(found.rounding)}),
     }
 
 
@@ -402,6 +404,7 @@ def measure_peer(name: str, notes: Notes) -> None:
         return
     dense, inputs, expected = built
     entry |= {"runs": False, "exact": None, "dtype": str(inputs[0].dtype).removeprefix("torch.")}
+    entry["checked_at"] = [list(x.shape) for x in inputs]
     small = run("prune", lambda: pruned(copy.deepcopy(dense), inputs, widths(expected)))
     got = run("forward", lambda: outputs(small, inputs)) if small is not None else None
     if small is None or got is None:
@@ -415,8 +418,13 @@ def measure_peer(name: str, notes: Notes) -> None:
 
 
 def distinct(name: str) -> tuple[nn.Module, Inputs, list[Tensor]]:
-    """The model with no two elements of a parameter or statistic alike, in float64 where it runs so; its outputs."""
+    """The model with no two elements of a parameter or statistic alike, in float64 where it runs so; its outputs.
+
+    The input of a large one is smaller, as for our own check.
+    """
     model, inputs = prepared(name)
+    if macs_of(model, inputs) > LARGE:
+        inputs = tuple(noise(smaller_shapes(model, tuple(tuple(x.shape) for x in inputs)), torch.float32))
     precise = tuple(x.double() for x in inputs)
     try:
         outputs(copy.deepcopy(model).double(), precise)
@@ -430,6 +438,13 @@ def distinct(name: str) -> tuple[nn.Module, Inputs, list[Tensor]]:
             if x is not None and x.is_floating_point():
                 x.add_(1e-3 * torch.rand(x.shape, generator=generator, dtype=x.dtype))
     return model, precise, outputs(model, precise)
+
+
+def macs_of(model: nn.Module, inputs: Inputs) -> float:
+    """About how many; counted without a capture, which not every model allows."""
+    with FlopCounterMode(display=False) as counter:
+        outputs(model, inputs)
+    return counter.get_total_flops() / 2
 
 
 def widths(expected: Sequence[Tensor]) -> set[int]:

@@ -120,14 +120,50 @@ def test_counts_and_chains_together_against_all_there_are():
             gone = (cost.whole - counts).astype(int)
             return sum(c.error for c in chains if c) + sum(float(x[g]) for x, g in zip(curves, gone, strict=True))
 
-        counts = cost.priced(levels, curves, limits)
-        assert counts is not None
+        priced = cost.priced(levels, curves, limits)
+        assert priced is not None
+        counts, _ = priced
         found.append(error(counts))
         best.append(min(error(np.array(at, float)) for at in itertools.product(*levels)))
     ratios = np.array(found) / np.array(best)
     assert (ratios >= 1 - 1e-4).all()
     assert np.median(ratios) < 1.05
     assert ratios.max() < 1.2
+
+
+def test_forms_that_are_worth_another_look():
+    """Those that are cheapest where the error is half of the kernel's share that is left, and that of others whole."""
+    model = net()
+    graph = trace(model, IMAGES[:1])
+    choices = offered(model, graph, graph.keep_all())
+    cost = MixedModel(graph, choices)
+    counts = np.array([max(1, 2 * g.channels // 3) for g in graph.groups], float)
+    prices = np.array([1e-6, 0.0])
+    found = cost.promising(counts, prices)
+    sizes, few = cost._sizes(counts), 0
+    for n, own in enumerate(choices):
+        spent = cost._costs(n, sizes) @ prices
+        whole = [spent[0], *(s + c.error for s, c in zip(spent[1:], own.chains, strict=True))]
+        into, out = cost._ends.of(sizes)[n] / cost._ends.of(cost._sizes(cost.whole))[n]
+        best = np.array([s + into * out / 2 * c.error for s, c in zip(spent[1:], own.chains, strict=True)])
+        assert found[own.layer.name] == {c.form for c, b in zip(own.chains, best, strict=True) if b <= min(whole)}
+        few += len(found[own.layer.name]) < len({c.form for c in own.chains})
+    assert any(found.values())
+    assert few
+
+
+def test_only_the_forms_asked_for():
+    model = net()
+    graph = trace(model, IMAGES[:1])
+    layer = graph.layer("a2")
+    known = metrics_of(Moments(model, IMAGES, Sampling(per_unknown=10**6)), [layer], weighted=False)
+    every, some, none = (
+        chains_of(graph, layer, model.a2.weight, known["a2"], graph.keep_all(), True, forms=forms)
+        for forms in (None, {"o|ihw"}, ())
+    )
+    assert {c.form for c in some} == {"o|ihw"}
+    assert {c for c in every if c.form == "o|ihw"} <= set(some)
+    assert none == []
 
 
 def test_chains_of_a_layer():

@@ -54,9 +54,17 @@ def singular_values(matrix: Tensor) -> Tensor:
     if matrix.dtype == torch.float64:
         values: Tensor = torch.linalg.svdvals(matrix)
         return values
+    return energies(matrix).sqrt()
+
+
+def energies(matrix: Tensor) -> Tensor:
+    """The squares of the singular values, (b, min(rows, columns)) in float64, falling.
+
+    Through the Gram matrix: accurate to a rounding of the largest, not each to one of its own.
+    """
     wide = (matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT).double()
     squares: Tensor = torch.linalg.eigvalsh(lower_gram(wide))
-    return squares.clamp_min(0).sqrt().flip(-1)
+    return squares.clamp_min(0).flip(-1)
 
 
 def energy_of(tensor: Tensor) -> float:

@@ -17,7 +17,7 @@ from convpare.factorize.forms import (
     reversed_shapes,
 )
 from convpare.factorize.metric import Metric, Whitening
-from convpare.factorize.subspaces import singular_values, split
+from convpare.factorize.subspaces import energies, split
 from convpare.redundancy.cuts import SPATIAL, Cut, Kernel, cuts_of
 
 
@@ -99,7 +99,7 @@ class TwoFactors(Form):
             values: Tensor = torch.linalg.eigvalsh(self._output_moment(kernel, metric))
             return values.clamp_min(0).flip(-1)
         white = self._whitening(kernel, metric).whiten(kernel)
-        return singular_values(white.unfold(self.cut)).square()
+        return energies(white.unfold(self.cut))
 
     def _check_metric(self, transposed: bool) -> None:
         if transposed and not self.cut.splits_channels:

@@ -70,8 +70,9 @@ class MixedModel(CostModel):
 
     def priced(
         self, levels: Sequence[np.ndarray], curves: Sequence[np.ndarray], limits: Mapping[str, float]
-    ) -> np.ndarray | None:
-        """How many channels each group keeps, so that with the best chains the limits hold; None where none is found.
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """How many channels each group keeps, so that with the best chains the limits hold, and the prices (metrics,)
+        of what they cost; None where none is found.
 
         Lagrangian: with a price on every cost, one group after the other takes the count at which its error, and what
         it and its layers cost with their best chains for that count, are least together. The lowest price that meets
@@ -84,42 +85,57 @@ class MixedModel(CostModel):
         """
         searched = [self._around_the_price(levels, curves, limits, shares) for shares in price_shares(list(limits))]
         searched.sort(key=lambda pair: -pair[0])
-        candidates = dict.fromkeys(at for _, seen in searched[:2] for at in seen)
+        candidates = {at: prices for _, seen in searched[:2] for at, prices in seen}
         best = None
-        for at in candidates:
+        for at, prices in candidates.items():
             counts = np.array([allowed[i] for allowed, i in zip(levels, at, strict=True)], float)
             with contextlib.suppress(Infeasible):
                 chains, _ = self.best_chains(counts, limits)
                 error = sum(float(curve[i]) for curve, i in zip(curves, at, strict=True))
                 error += sum(chain.error for chain in chains if chain is not None)
                 if best is None or error < best[0]:
-                    best = error, counts
-        return None if best is None else best[1]
+                    best = error, counts, prices
+        return None if best is None else best[1:]
+
+    def promising(self, counts: np.ndarray, prices: np.ndarray) -> dict[str, set[str]]:
+        """For each layer the forms that it may take at these prices when the groups keep so many channels.
+
+        Known are the errors of chains of the whole layer. Those of the narrower one are taken for at least half of the
+        share of them that is its share of the kernel.
+        """
+        sizes, found = self._sizes(counts), {}
+        left = self._ends.of(sizes).prod(1) / self._ends.of(self._sizes(self.whole)).prod(1)
+        for n, own in enumerate(self.choices):
+            spent, errors = self._costs(n, sizes) @ prices, _errors(own)
+            near = spent + left[n] / 2 * errors <= (spent + errors).min()
+            found[own.layer.name] = {c.form for c, taken in zip(own.chains, near[1:], strict=True) if taken}
+        return found
 
     def _around_the_price(
         self, levels: Sequence[np.ndarray], curves: Sequence[np.ndarray], limits: Mapping[str, float],
         shares: Mapping[str, float],
-    ) -> tuple[float, list[tuple[int, ...]]]:  # fmt: skip
+    ) -> tuple[float, list[tuple[tuple[int, ...], np.ndarray]]]:  # fmt: skip
         """A bound on the error of all choices (Lagrange's dual: prices in the right ratio have the highest), and what
-        groups keep on both sides of the price from which on the limits hold.
+        groups keep on both sides of the price from which on the limits hold, with the prices (metrics,).
         """
         share = np.array([shares.get(m, 0.0) for m in self.metrics])
         limit = np.array([limits.get(m, 1.0) for m in self.metrics])
         asked = np.isin(self.metrics, list(limits))
         worst = sum(float(curve[-1]) for curve in curves) + sum(float(_errors(c).max()) for c in self.choices)
         low, high, dual = 1e-9 * worst, 1e3 * worst, -math.inf
-        within: tuple[int, ...] | None = None
-        beyond: tuple[int, ...] | None = None
+        within: tuple[tuple[int, ...], np.ndarray] | None = None
+        beyond: tuple[tuple[int, ...], np.ndarray] | None = None
         at = [0] * len(levels)
         for _ in range(HALVINGS):
             price = math.sqrt(low * high)
-            at, error, cost = self._descended(levels, curves, price * share / limit, at)
+            prices = price * share / limit
+            at, error, cost = self._descended(levels, curves, prices, at)
             excess = (cost - limit) / limit
             dual = max(dual, error + price * float(share @ excess))
             if (excess[asked] <= 0).all():
-                high, within = price, tuple(at)
+                high, within = price, (tuple(at), prices)
             else:
-                low, beyond = price, tuple(at)
+                low, beyond = price, (tuple(at), prices)
         return dual, [seen for seen in (within, beyond) if seen is not None]
 
     def _descended(

@@ -1,6 +1,6 @@
 """What each layer could become: chains of two layers across its cuts, what they cost, and what error they add."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,6 +80,7 @@ def dense_cost(graph: Graph, layer: Layer) -> tuple[Bilinear, Bilinear]:
 def chains_of(
     graph: Graph, layer: Layer, weight: Tensor, metric: Metric, keep: np.ndarray, relative: bool,
     times: Callable[[Layer, tuple[str, tuple[int, ...]] | None, int, int], float] | None = None,
+    forms: Collection[str] | None = None,
 ) -> list[Chain]:  # fmt: skip
     """The chains of a layer under the mask `keep` (channels,) with fewer MACs than it, those with the fewest last.
 
@@ -90,6 +91,7 @@ def chains_of(
         metric: of the whole layer.
         relative: errors are shares of the layer's own output, else of the network's (see `output_moments`).
         times: milliseconds of the layer or a chain of it, see `NetworkTimes.of`.
+        forms: those of interest; None for all.
     """
     into, out = (torch.as_tensor(graph.kept(axis, keep), device=weight.device) for axis in (layer.into, layer.out))
     left = weight.detach().double().index_select(layer.in_axis, into).index_select(layer.out_axis, out)
@@ -98,14 +100,14 @@ def chains_of(
     unit = metric.cost(kernel) if relative else graph.inputs[0][0] / layer.positions
     found = []
     for cut in cuts_of(kernel.dimensions):
-        if transposed and not cut.splits_channels:
+        if (transposed and not cut.splits_channels) or (forms is not None and cut.name not in forms):
             continue
         form = TwoFactors(cut)
         worth = form.losses(kernel, transposed, metric)[0].cpu().numpy()
         lost = np.concatenate([worth[::-1].cumsum()[::-1][1:], [0.0]]) / max(unit, 1e-300)
+        macs, params = _bilinear(layer, partial(_shapes, kernel, form, transposed))
         for rank in _ranks(len(worth)):
-            costs = _bilinear(layer, partial(_shapes, kernel, form, rank, transposed))
-            found.append(Chain(cut.name, rank, *costs, float(lost[rank - 1])))
+            found.append(Chain(cut.name, rank, _times(rank, macs), _times(rank, params), float(lost[rank - 1])))
     sizes = len(into), len(out)
     whole = value(dense_cost(graph, layer)[0], *sizes)
     slowest = times(layer, None, *sizes) if times else 0.0
@@ -131,9 +133,15 @@ def _ranks(full: int) -> list[int]:
     return sorted(spread | set(range(16, min(full, 16 * RANKS) + 1, 16)))
 
 
-def _shapes(kernel: Kernel, form: TwoFactors, rank: int, transposed: bool, sizes: tuple[int, int]) -> tuple[Shape, ...]:
+def _shapes(kernel: Kernel, form: TwoFactors, transposed: bool, sizes: tuple[int, int]) -> tuple[Shape, ...]:
+    """At rank 1: both layers of a chain grow with the rank alike."""
     resized = Kernel(torch.empty(1, sizes[1], sizes[0], *kernel.tensor.shape[3:], device="meta"))
-    return form.shapes(resized, (rank,), transposed)
+    return form.shapes(resized, (1,), transposed)
+
+
+def _times(rank: int, cost: Bilinear) -> Bilinear:
+    a, b, c, d = cost
+    return rank * a, rank * b, rank * c, rank * d
 
 
 def _bilinear(layer: Layer, shapes: Callable[[tuple[int, int]], tuple[Shape, ...]]) -> tuple[Bilinear, Bilinear]:

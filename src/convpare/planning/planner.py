@@ -324,8 +324,10 @@ def _choose_mixed(statistics: Statistics, budget: Budget, options: PlanOptions) 
         alone = Allocation(CostModel(graph, times), levels, curves, limits)
         allocate(alone)
         tries.append(lambda: chosen(alone.kept, ()))
-        if (counts := model.priced(levels, curves, limits)) is not None:
-            left = statistics.chains_after(keep_of(graph, orders, counts), times is not None)
+        if (priced := model.priced(levels, curves, limits)) is not None:
+            counts, prices = priced
+            narrower = keep_of(graph, orders, counts)
+            left = statistics.chains_after(narrower, times is not None, model.promising(counts, prices))
             tries.append(lambda: chosen(counts, [left[choices.layer.name] for choices in offered]))
     found = []
     for attempt in tries:

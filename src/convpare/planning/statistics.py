@@ -1,6 +1,6 @@
 """What is measured before a budget is named: the order of the channels, the moments of the layers, their chains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
 from convpare.factorize.metric import Metric
-from convpare.graph.structure import Graph, Group
+from convpare.graph.structure import Graph, Group, Layer
 from convpare.graph.surgery import zeroed
 from convpare.importance import Context, Criterion, Ranking
 from convpare.planning.latency import NetworkTimes
 from convpare.planning.layer_times import Target, cached
 from convpare.planning.mixed import Choices
-from convpare.planning.options import chains_of, factorizable, metrics_of
+from convpare.planning.options import Chain, chains_of, factorizable, metrics_of
 from convpare.redundancy.moments import Moments
 
 
@@ -78,18 +78,20 @@ class Statistics:
             self._chains[timed] = self.chains_after(self.graph.keep_all(), timed)
         return self._chains[timed]
 
-    def chains_after(self, keep: np.ndarray, timed: bool) -> dict[str, Choices]:
-        """The same of the layers that the mask `keep` (channels,) leaves."""
+    def chains_after(
+        self, keep: np.ndarray, timed: bool, forms: Mapping[str, Collection[str]] | None = None
+    ) -> dict[str, Choices]:
+        """The same of the layers that the mask `keep` (channels,) leaves; of each these forms alone, if given."""
         times = self.times.of if timed else None
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         relative = self.criterion.name == "reconstruction"
         layers = [layer for layer in self.graph.layers if layer.name in self.metrics]
-        return {
-            x.name: Choices(
-                x, tuple(chains_of(self.graph, x, weights[x.weight], self.metrics[x.name], keep, relative, times))
-            )
-            for x in layers
-        }
+
+        def chains(x: Layer) -> list[Chain]:
+            wanted = None if forms is None else forms[x.name]
+            return chains_of(self.graph, x, weights[x.weight], self.metrics[x.name], keep, relative, times, wanted)
+
+        return {x.name: Choices(x, tuple(chains(x))) for x in layers}
 
 
 def _check_ranking(ranking: Ranking | None, group: Group, criterion: str) -> None:
