@@ -267,7 +267,7 @@ WRONG_OPTIONS = {
     "inspect convpare:digits extra": "extra",
     "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, recover, evaluate, bench, truncate",
     "compress convpare:digits --data digits --macs 0.5": "--output requires an argument",
-    f"{COMPRESS}": "how much shall go.*--macs, --params or --latency",
+    f"{COMPRESS}": "how much shall go.*--macs, --params, --memory or --latency",
     f"{COMPRESS} --macs 0": r"macs budget is 0\.0; expected a fraction .* above 0 and at most 1",
     f"{COMPRESS} --macs 1.5": r"macs budget is 1\.5",
     f"{COMPRESS} --macs -1": r"macs budget is -1\.0",

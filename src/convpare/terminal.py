@@ -321,6 +321,12 @@ def show_prospect(found: Prospect) -> None:
         budget = f"× {plan.requested[key]:g}" if key in plan.requested else ""
         price = f"{found.prices[key]:.2g} of the error" if key in found.prices else ""
         table.add_row(name, f"{old:,}", f"{new:,}", _ratio(new, old), budget, price)
+    if plan.memory:
+        old, new = plan.memory
+        price = f"{found.prices['memory']:.2g} of the error" if "memory" in found.prices else ""
+        table.add_row(
+            "memory, bytes", f"{old:,}", f"{new:,}", _ratio(new, old), f"× {plan.requested['memory']:g}", price
+        )
     if (asked := plan.requested.get("latency")) is not None:
         old, new = plan.options["latency_ms"]
         price = f"{found.prices['latency']:.2g} of the error" if "latency" in found.prices else ""
@@ -347,7 +353,8 @@ def show_trade_off(found: TradeOff) -> None:
     """A row for each budget on the way."""
     asked = list(found.steps[0][0].fractions)
     timed = ["latency"] if "latency" in asked else []
-    columns = ["MACs", "parameters", *timed, "error", "channels gone", "chains", "scope"]
+    held = ["memory"] if "memory" in asked else []
+    columns = ["MACs", "parameters", *held, *timed, "error", "channels gone", "chains", "scope"]
     table = _table(*(f"{m} asked" for m in asked), *columns)
     for budget, plan, _ in found.steps:
         row = [f"× {fraction:.3f}" for fraction in budget.fractions.values()]
@@ -355,7 +362,7 @@ def show_trade_off(found: TradeOff) -> None:
             table.add_row(*row, *["-"] * len(columns))
             continue
         gone = sum(edit.removed for edit in plan.edits)
-        shares = [f"× {plan.achieved[metric]:.4f}" for metric in ("macs", "params")]
+        shares = [f"× {plan.achieved[metric]:.4f}" for metric in ("macs", "params", *held)]
         shares += [f"× {plan.options['latency_ms'][1] / plan.options['latency_ms'][0]:.4f}" for _ in timed]
         chains = f"{len(plan.factorizations):,}"
         table.add_row(*row, *shares, f"{plan.error:.3g}", f"{gone:,}", chains, plan.options["scope"])
@@ -527,6 +534,9 @@ def _before_and_after(done: Compression, content: dict[str, Any]) -> Table:
         asked = done.plan.requested.get(key)
         budget = "" if asked is None else f"× {asked:g}"
         table.add_row(name, f"{before[key]:,}", f"{after[key]:,}", _ratio(after[key], before[key]), budget)
+    if held := done.plan.memory:
+        budget = f"× {done.plan.requested['memory']:g}"
+        table.add_row("memory, bytes", f"{held[0]:,}", f"{held[1]:,}", _ratio(held[1], held[0]), budget)
     old, new = before["latency_ms"], after["latency_ms"]
     table.add_row("latency, ms", f"{old:.3f}", f"{new:.3f}", _ratio(new, old), "")
     return table

@@ -155,6 +155,7 @@ class BudgetArguments:
     Attributes:
         macs: MACs that may be left, as a fraction: 0.5 for half
         params: parameters that may be left, as a fraction
+        memory: bytes that tensors may take at any time (weights apart), as a fraction
         latency: time that a batch may take, as a fraction, measured on this machine
         runtime: with --latency: eager, compile (torch.compile) or onnxruntime
         batch: with --latency: images in a batch
@@ -164,6 +165,7 @@ class BudgetArguments:
 
     macs: float | None = None
     params: float | None = None
+    memory: float | None = None
     latency: float | None = None
     runtime: Literal["eager", "compile", "onnxruntime"] | None = None
     batch: CountOrNone = None
@@ -173,14 +175,15 @@ class BudgetArguments:
     @property
     def budget(self) -> Budget:
         """The budget. Raises ConvpareError where these numbers make no sense."""
-        wanted = Budget(self.macs, self.params, self.latency)
+        wanted = Budget(self.macs, self.params, self.latency, self.memory)
         if self.threshold is None and not wanted.fractions:
             raise ConvpareError(
-                "how much shall go? Give --macs, --params or --latency (0.5 for half) or several, or --threshold"
+                "how much shall go? Give --macs, --params, --memory or --latency (0.5 for half) or several, or "
+                "--threshold"
             )
         if self.threshold is not None and wanted.fractions:
             raise ConvpareError(
-                "--threshold takes the place of a budget; give it without --macs, --params and --latency"
+                "--threshold takes the place of a budget; give it without --macs, --params, --memory and --latency"
             )
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise ConvpareError(f"--threshold is {self.threshold}; expected a finite number, 0 or more, such as 0.1")
@@ -282,7 +285,8 @@ class MethodArguments:
             methods=tuple(name.strip() for name in self.methods.split(",") if name.strip()),
             scope=self.scope, allocation=self.allocation, round_to=self.round_to, exclude=exclude,
             inexact=self.inexact, merge=self.merge, images=self.images, rounds=self.rounds, threshold=budget.threshold,
-            seed=self.seed, latency=budget.latency, target=budget.target, criterion_options=criterion_options,
+            seed=self.seed, latency=budget.latency, memory=budget.memory, target=budget.target,
+            criterion_options=criterion_options,
         )  # fmt: skip
 
 

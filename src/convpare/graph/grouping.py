@@ -1,12 +1,14 @@
 """From labels to groups: classes of equal labels become removable channels, alike channels become groups."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
 
 from convpare.graph.attributes import attributes, menders
+from convpare.graph.lifetimes import memory_of
+from convpare.graph.memory import Memory
 from convpare.graph.parts import hollow
 from convpare.graph.record import Record
 from convpare.graph.structure import Axis, Count, Frozen, Graph, Group, Layer, Mend, Rewrite, Shuffle
@@ -46,7 +48,15 @@ def assemble(record: Record) -> Graph:
         unreached=record.unreached,
         parts=tuple(hollow(call) for call in record.calls if call.name),
         form=record.form,
+        memory=_memory(record, units_of),
     )
+
+
+def _memory(record: Record, units_of: Callable[[Tensor], np.ndarray]) -> Memory | None:
+    """Of a network that was captured as a whole."""
+    if any(call.name for call in record.calls):
+        return None
+    return memory_of(record.values, units_of, record.held, record.applied)
 
 
 def _number(

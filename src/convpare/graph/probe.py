@@ -23,9 +23,10 @@ from convpare.graph.parts import recapture
 from convpare.graph.record import Record
 from convpare.graph.rewriting import by_node, rewritten
 from convpare.graph.rules.registry import aten
-from convpare.graph.structure import Call, Graph, Group, staying
+from convpare.graph.structure import Call, Graph, Group
 from convpare.graph.surgery import remove_
 from convpare.graph.tracer import Spelled, operator_name
+from convpare.graph.units import staying
 
 Site = tuple[str, ...]
 KINDS = 8  # trials of channels of one kind, at most

@@ -35,6 +35,8 @@ class Record:
     not_counted: Mapping[str, int]
     unreached: tuple[str, ...]
     outputs: Mapping[tuple[int, int], Any]  # of each captured part: the leaves of its output
+    held: frozenset[Node]  # weights, buffers and constants among the nodes
+    applied: Mapping[Node, str]  # node → the weight of the layer whose call it is
     recording: Recording | None = None  # of what runs around the parts
 
     def __post_init__(self) -> None:

@@ -10,6 +10,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from convpare.errors import ConvpareError
+from convpare.graph.memory import Memory
+from convpare.graph.units import staying
 
 Axis = tuple[str, int]
 """A parameter or buffer (its name in the model) and one of its dimensions."""
@@ -20,11 +22,6 @@ FORMS: tuple[Form, ...] = ("module", "graph", "linked")
 
 Mender = Callable[[nn.Module, np.ndarray], None]
 """Mends a module's numbers: takes the module and the mask of its output channels that stay, shape (channels,)."""
-
-
-def staying(units: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Which of `units` stay under the mask `keep` (channels,); -1 always does."""
-    return (units < 0) | keep[units] if len(keep) else units < 0
 
 
 @dataclass(frozen=True)
@@ -211,6 +208,7 @@ class Graph:
     parts: tuple[Call, ...] = field(default=(), repr=False, compare=False)  # what was captured, if not the whole
     form: Form = "module"
     program: ExportedProgram | None = field(default=None, repr=False, compare=False)  # of the graph form
+    memory: Memory | None = field(default=None, repr=False, compare=False)  # of the tensors, if captured as a whole
     batched: frozenset[tuple[str, Path]] = field(default=frozenset(), repr=False, compare=False)  # follow the batch
     folded: Mapping[str, fx.Graph] = field(
         default_factory=dict, repr=False, compare=False

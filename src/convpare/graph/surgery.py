@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from convpare.graph.graphform import graph_module
 from convpare.graph.mending import set_mended
-from convpare.graph.structure import Graph, staying
+from convpare.graph.structure import Graph
 from convpare.graph.sync import sync_attributes
+from convpare.graph.units import staying
 
 
 def removed(model: nn.Module, graph: Graph, keep: np.ndarray) -> nn.Module:

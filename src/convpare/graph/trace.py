@@ -115,6 +115,7 @@ class Interpreter:
             [part.program.constants for part in parts], t.labels, t.slots, shapes, parameters,
             self.values, list(t.layers.values()), spelled, t.shuffles, t.features, frozenset(t.spared),
             dict(t.uncounted), tuple(dict.fromkeys(name.rpartition(".")[0] for name in unreached)), self.outputs,
+            frozenset(t.held), t.applied,
         )  # fmt: skip
         tie_attributes(record)
         return record
@@ -149,6 +150,8 @@ class Interpreter:
             return value
         shape = tuple(value.shape)
         name = self.t.names.get(node.name)
+        if name is not None or node.name in self.t.constants:
+            self.t.held.add(node)
         if name is None:  # an input of the model, or a constant that its forward builds: no channels of the network's
             return Value(shape)
         if node.users:
@@ -167,6 +170,7 @@ class Interpreter:
         return Value(shape, tuple(fields), zero=True, name=name)
 
     def _get_attr(self, node: Node) -> Any:
+        self.t.held.add(node)
         value = node.meta.get("val")
         return Value(tuple(value.shape)) if isinstance(value, Tensor) else node.target
 

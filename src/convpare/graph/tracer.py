@@ -56,6 +56,8 @@ class Tracer:
         self.names: dict[str, str] = {}  # node → the parameter or buffer that it is
         self.slots: dict[Axis, int] = {}
         self.layers: dict[str, Layer] = {}
+        self.held: set[Node] = set()  # weights, buffers and constants
+        self.applied: dict[Node, str] = {}  # operator → the weight of the layer that it is
         self.spelled: list[Spelled] = []
         self.spared: set[Axis] = set()
         self.packed: list[Tensor] = []
@@ -123,6 +125,7 @@ class Tracer:
         extents = (*(self.layers[name].extents if name in self.layers else ()), extent)
         owner, bias_name = name.removesuffix(".weight"), bias.name if bias else None
         computed = weight.name is None
+        self.applied[self.node] = name
         self.layers[name] = Layer(owner, kind, name, bias_name, out_axis, in_axis, extents, groups, computed)
 
     def _origin(self, shape: tuple[int, ...], slots: Mapping[int, Tensor]) -> str | None:

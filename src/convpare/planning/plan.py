@@ -16,6 +16,7 @@ from convpare.factorize.forms import get_form
 from convpare.graph.merging import Merge
 from convpare.graph.structure import FORMS, Form, Graph
 from convpare.planning.cost import Cost, chain_cost, layer_cost, planned_cost, total_cost
+from convpare.planning.memory import peak_memory
 
 SCHEMA = 1
 SHOWN = 5  # differences between two networks that a message names
@@ -71,10 +72,18 @@ class Plan:
     @property
     def achieved(self) -> dict[str, float]:
         """Cost after over cost before, by metric."""
+        memory = {"memory": self.memory[1] / max(self.memory[0], 1)} if self.memory else {}
         return {
             "macs": self.after.macs / max(self.before.macs, 1),
             "params": self.after.params / max(self.before.params, 1),
+            **memory,
         }
+
+    @property
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes of tensors alive at the worst time, before and after; of plans with a budget of them."""
+        held = self.options.get("memory_bytes")
+        return (int(held[0]), int(held[1])) if held else None
 
     @property
     def error(self) -> float:
@@ -110,7 +119,10 @@ class Plan:
         """
         keep = self.keep(graph)
         self._refuse(graph, [*self._other_layers(graph), *self._other_cost(graph)])
-        return replace(self, after=planned_cost(graph, keep, self.factorizations))
+        options = dict(self.options)
+        if self.memory:
+            options["memory_bytes"] = [self.memory[0], peak_memory(graph, keep, self.factorizations)]
+        return replace(self, after=planned_cost(graph, keep, self.factorizations), options=options)
 
     def savings(self, graph: Graph) -> list[Cost]:
         """What each edit saves beside all others, `edits` first, then `factorizations`: the cost without it, less
@@ -210,6 +222,11 @@ class Plan:
                 f"{metric:<12}{getattr(self.before, metric):>16,}{getattr(self.after, metric):>16,}"
                 f"{self.achieved[metric]:>10.4f}{'-' if wanted is None else format(wanted, '.4f'):>11}"
             )
+        if self.memory:
+            rows.append(
+                f"{'memory':<12}{self.memory[0]:>16,}{self.memory[1]:>16,}{self.achieved['memory']:>10.4f}"
+                f"{self.requested['memory']:>11.4f}"
+            )
         width = max([len(e.group) for e in self.edits] + [5])
         rows += [f"{m.expansion} ({m.r} → {m.k}) is merged into {', '.join(m.consumers)}" for m in self.merges]
         if self.edits:
@@ -273,7 +290,7 @@ def _read_plan(data: object) -> Plan:
         model=_get(plan, "model", str),
         inputs=tuple(tuple(_ints(shape, "inputs")) for shape in _get(plan, "inputs", list)),
         criterion=_get(plan, "criterion", str),
-        options=_get(plan, "options", dict),
+        options=_read_options(plan),
         requested={str(k): float(_typed(v, (int, float), k)) for k, v in _get(plan, "requested", dict).items()},
         before=_read_cost(_get(plan, "before", dict)),
         after=_read_cost(_get(plan, "after", dict)),
@@ -282,6 +299,15 @@ def _read_plan(data: object) -> Plan:
         merges=merges,
         factorizations=factorizations,
     )
+
+
+def _read_options(plan: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = _get(plan, "options", dict)
+    if "memory_bytes" in options:
+        held = _ints(_get(options, "memory_bytes", list), "memory_bytes")
+        if len(held) != 2 or min(held) < 0 or "memory" not in _get(plan, "requested", dict):
+            raise ConvpareError("memory_bytes must be the bytes before and after, of a plan with a budget of memory")
+    return options
 
 
 def _read_form(plan: dict[str, Any]) -> Form:

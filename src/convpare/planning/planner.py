@@ -1,8 +1,10 @@
 """From a criterion and a budget to a plan."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError, Infeasible
-from convpare.factorize.edit import Factorize
+from convpare.factorize.edit import Factorize, layout_in
 from convpare.graph.capture import Inputs
 from convpare.graph.merging import merge_all
 from convpare.graph.probe import FOLLOWS_NOT
@@ -19,7 +21,16 @@ from convpare.graph.trace import BEYOND, trace
 from convpare.importance import Ranking, get_criterion
 from convpare.planning.cost import count, planned_cost, total_cost
 from convpare.planning.layer_times import Target
+from convpare.planning.memory import (
+    MemoryModel,
+    between,
+    caps,
+    check_feasible_memory,
+    memory_in,
+    peak_memory,
+)
 from convpare.planning.mixed import Choices, MixedModel, keep_of
+from convpare.planning.options import Chain
 from convpare.planning.plan import Plan, RemoveChannels
 from convpare.planning.settings import COMPARABLE, PlanOptions, check_methods
 from convpare.planning.solver import (
@@ -106,6 +117,7 @@ class Planner:
         self._options = replace(options, allocation=options.allocation or chosen.allocation)
         self._left = total_cost(graph, graph.keep_all())
         self._before = count(model, example_inputs).total if self._merges else self._left
+        self._example = model, example_inputs
         images = _images_for(criterion, graph, data, options) if chosen.needs_images else None
         self.statistics = Statistics(whole, graph, chosen, images, options.criterion_options, options.target)
 
@@ -128,7 +140,11 @@ class Planner:
             ConvpareError: what is excluded is not there.
         """
         graph = self.graph
-        budget = replace(budget, latency=self._options.latency if budget.latency is None else budget.latency)
+        budget = replace(
+            budget,
+            latency=self._options.latency if budget.latency is None else budget.latency,
+            memory=self._options.memory if budget.memory is None else budget.memory,
+        )
         options = replace(
             self._options, methods=methods or self._options.methods, exclude=(*self._options.exclude, *exclude)
         )
@@ -146,7 +162,7 @@ class Planner:
             model=graph.model,
             inputs=graph.inputs,
             criterion=self.statistics.criterion.name,
-            options={**settled.to_json(), **chosen.told, **self._timed(budget, chosen)},
+            options={**settled.to_json(), **chosen.told, **self._timed(budget, chosen), **self._held(budget, chosen)},
             requested=budget.fractions,
             before=self._before,
             after=planned_cost(graph, chosen.keep, chosen.factorizations),
@@ -183,14 +199,29 @@ class Planner:
         times.times.save()
         return {"latency_ms": [times.whole, times.predicted(chosen.keep, chosen.factorizations)]}
 
+    def _held(self, budget: Budget, chosen: "_Chosen") -> dict[str, list[int]]:
+        """Bytes of tensors alive at the worst time before and after; where there is a budget of them."""
+        if budget.memory is None:
+            return {}
+        return {"memory_bytes": [self._held_before, peak_memory(self.graph, chosen.keep, chosen.factorizations)]}
+
+    @cached_property
+    def _held_before(self) -> int:
+        """Of the model as it was, before merges."""
+        graph = trace(*self._example) if self._merges else self.graph
+        return peak_memory(graph, graph.keep_all())
+
     def _of_what_merges_left(self, budget: Budget) -> Budget:
         """The budget of the model as it was as one of the merged model."""
         if not self._merges:
             return budget
         grown = {
             metric: min(fraction * getattr(self._before, metric) / max(getattr(self._left, metric), 1), 1.0)
-            for metric, fraction in budget.fractions.items() if metric != "latency"
+            for metric, fraction in budget.fractions.items() if metric not in ("latency", "memory")
         }  # fmt: skip
+        if budget.memory is not None:
+            left = peak_memory(self.graph, self.graph.keep_all())
+            grown["memory"] = min(budget.memory * self._held_before / max(left, 1), 1.0)
         return replace(budget, **grown)
 
 
@@ -228,8 +259,33 @@ def _resolve_scope(statistics: Statistics, budget: Budget, options: PlanOptions)
         return options.scope
     graph = statistics.graph
     cost = CostModel(graph, statistics.times if budget.latency is not None else None)
-    least = cost.cost(np.array([allowed[-1] for allowed in _levels(graph, replace(options, scope="inner"))], float))
-    return "inner" if all(least[m] <= limit for m, limit in limits_of(cost, graph, budget).items()) else "all"
+    fewest = np.array([allowed[-1] for allowed in _levels(graph, replace(options, scope="inner"))], float)
+    least, fits = cost.cost(fewest), True
+    if budget.memory is not None:
+        fits = MemoryModel(memory_in(graph), graph.groups).peak(fewest) <= _memory_limit(graph, budget)
+    fits &= all(least[m] <= limit for m, limit in limits_of(cost, graph, budget).items())
+    return "inner" if fits else "all"
+
+
+def _memory_limit(graph: Graph, budget: Budget) -> float:
+    """In bytes, rounded down; without such a budget there is none."""
+    if budget.memory is None:
+        return math.inf
+    return math.floor(budget.memory * peak_memory(graph, graph.keep_all()))
+
+
+def _within_memory(
+    graph: Graph, levels: Sequence[np.ndarray], errors: Sequence[np.ndarray], budget: Budget, hint: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The levels, and the errors there, from which the budget of memory lets groups choose."""
+    if budget.memory is None:
+        return list(levels), list(errors)
+    model = MemoryModel(memory_in(graph), graph.groups)
+    fewest = np.array([allowed[-1] for allowed in levels], float)
+    dense = peak_memory(graph, graph.keep_all())
+    check_feasible_memory(model, fewest, budget.memory, dense, hint)
+    first = caps(model, Allocation(CostModel(graph), levels, errors, {}), _memory_limit(graph, budget))
+    return [x[i:] for x, i in zip(levels, first, strict=True)], [x[i:] for x, i in zip(errors, first, strict=True)]
 
 
 def _movable(graph: Graph, options: PlanOptions) -> tuple[Group, ...]:
@@ -304,10 +360,25 @@ def _choose_mixed(statistics: Statistics, budget: Budget, options: PlanOptions) 
               for g, allowed in zip(graph.groups, _levels(graph, options), strict=True)]  # fmt: skip
     curves = [np.zeros(1) if len(allowed) == 1 else _scale(statistics) * _curve(rankings[g.name])[allowed[0] - allowed]
               for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
+    hint = _hint(graph, options)
+    levels, curves = _within_memory(graph, levels, curves, budget, hint)
+    most = np.array([allowed[0] for allowed in levels], float)
+    orders = {name: ranking.order for name, ranking in rankings.items()}
+
+    def fitting(choices: Iterable[Choices], counts: np.ndarray) -> list[Choices]:
+        if budget.memory is None:
+            return list(choices)
+        return [_within(graph, own, counts, _memory_limit(graph, budget)) for own in choices]
+
+    offered = fitting(offered, most)
     model = MixedModel(graph, offered, times)
     limits = limits_of(model, graph, budget)
-    check_feasible(model, np.array([allowed[-1] for allowed in levels], float), limits, budget, _hint(graph, options))
-    orders = {name: ranking.order for name, ranking in rankings.items()}
+    check_feasible(model, np.array([allowed[-1] for allowed in levels], float), limits, budget, hint)
+
+    def narrower(counts: np.ndarray, forms: Mapping[str, Collection[str]] | None = None) -> list[Choices]:
+        """What the layers could become that are left of those offered."""
+        left = statistics.chains_after(keep_of(graph, orders, counts), times is not None, forms)
+        return fitting((left[choices.layer.name] for choices in offered), counts)
 
     def chosen(counts: np.ndarray, choices: Sequence[Choices]) -> _Chosen:
         keep = keep_of(graph, orders, counts)
@@ -319,21 +390,37 @@ def _choose_mixed(statistics: Statistics, budget: Budget, options: PlanOptions) 
         )
         return _Chosen(keep, _removal_errors(statistics, rankings), edits, {"gap": gap})
 
-    tries: list[Callable[[], _Chosen]] = [lambda: chosen(model.whole, offered)]
+    tries: list[Callable[[], _Chosen]] = [
+        lambda: chosen(most, offered if (most == model.whole).all() else narrower(most))
+    ]
     if rankings:
         alone = Allocation(CostModel(graph, times), levels, curves, limits)
         allocate(alone)
         tries.append(lambda: chosen(alone.kept, ()))
         if (priced := model.priced(levels, curves, limits)) is not None:
             counts, prices = priced
-            narrower = keep_of(graph, orders, counts)
-            left = statistics.chains_after(narrower, times is not None, model.promising(counts, prices))
-            tries.append(lambda: chosen(counts, [left[choices.layer.name] for choices in offered]))
+            tries.append(lambda: chosen(counts, narrower(counts, model.promising(counts, prices))))
     found = []
     for attempt in tries:
         with contextlib.suppress(Infeasible):
             found.append(attempt())
     return min(found, key=lambda choice: choice.error) if found else tries[0]()
+
+
+def _within(graph: Graph, choices: Choices, counts: np.ndarray, limit: float) -> Choices:
+    """The chains of a layer whose tensors fit beside all that is alive when the groups keep so many channels."""
+    model, layer = MemoryModel(memory_in(graph), graph.groups), choices.layer
+    sizes = model.sizes(counts)
+
+    def fits(chain: Chain) -> bool:
+        layout = layout_in(graph, layer, graph.keep_all(), chain.form, (chain.rank,))
+        calls = zip(model.memory.calls[layer.weight], layer.extents, strict=True)
+        return all(
+            model.memory.in_steps(sizes, operator, between(layout, extent, element)) <= limit
+            for (operator, element), extent in calls
+        )
+
+    return Choices(layer, tuple(chain for chain in choices.chains if fits(chain)))
 
 
 def _removal_errors(statistics: Statistics, rankings: Mapping[str, Ranking]) -> np.ndarray:
@@ -361,13 +448,14 @@ def _counts_by_budget(
     graph = statistics.graph
     cost = CostModel(graph, statistics.times if budget.latency is not None else None)
     levels = _levels(graph, options)
+    limits, hint = limits_of(cost, graph, budget), _hint(graph, options)
     if options.allocation == "uniform":
-        errors = even_errors(cost, levels, budget.fractions)
+        errors = even_errors(cost, levels, limits or ("macs",))
     else:
         errors = [np.zeros(1) if len(allowed) == 1 else _curve(rankings[g.name])[allowed[0] - allowed]
                   for g, allowed in zip(graph.groups, levels, strict=True)]  # fmt: skip
-    limits = limits_of(cost, graph, budget)
-    check_feasible(cost, np.array([allowed[-1] for allowed in levels], float), limits, budget, _hint(graph, options))
+    levels, errors = _within_memory(graph, levels, errors, budget, hint)
+    check_feasible(cost, np.array([allowed[-1] for allowed in levels], float), limits, budget, hint)
     allocation = Allocation(cost, levels, errors, limits)
     allocate(allocation)
     return [int(count) for count in allocation.kept]

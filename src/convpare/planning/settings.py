@@ -38,6 +38,7 @@ class PlanOptions:
             channels with SSIM ≥ 0.9).
         seed: of the choice of images.
         latency: a budget beside the others, as a fraction of the network's time on the target.
+        memory: likewise, of the most bytes of tensors alive at a time (see `convpare.graph.memory`).
         target: where the network is to run.
         criterion_options: what the criterion itself takes, see e.g. `QSFMOptions`.
     """
@@ -54,6 +55,7 @@ class PlanOptions:
     threshold: float | None = None
     seed: int = 0
     latency: float | None = None
+    memory: float | None = None
     target: Target = field(default_factory=Target)
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -74,10 +76,10 @@ class PlanOptions:
 
     def budget(self, macs: float | None, params: float | None) -> Budget:
         """The budget. Raises ConvpareError where there is a threshold, too, or neither."""
-        budget = Budget(macs, params, self.latency)
+        budget = Budget(macs, params, self.latency, self.memory)
         if bool(budget.fractions) == (self.threshold is not None):
             raise ConvpareError(
-                "give either a budget (macs, params, latency) or a threshold: macs=0.5 for half of the MACs"
+                "give either a budget (macs, params, latency, memory) or a threshold: macs=0.5 for half of the MACs"
             )
         return budget
 

@@ -4,7 +4,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -162,6 +162,7 @@ class Budget:
     macs: float | None = None
     params: float | None = None
     latency: float | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         for metric, fraction in self.fractions.items():
@@ -173,7 +174,7 @@ class Budget:
 
     @property
     def fractions(self) -> dict[str, float]:
-        given = {"macs": self.macs, "params": self.params, "latency": self.latency}
+        given = {"macs": self.macs, "params": self.params, "latency": self.latency, "memory": self.memory}
         return {metric: value for metric, value in given.items() if value is not None}
 
     def approached(self, steps: int) -> Iterator["Budget"]:
@@ -261,14 +262,15 @@ def _copies(graph: Graph, group: Group) -> list[int]:
 
 
 def limits_of(model: CostModel, graph: Graph, budget: Budget) -> dict[str, float]:
-    """The budgets in units of cost: the largest whole cost whose share of the dense one is within the budget.
+    """The budgets in units of cost: the largest whole cost whose share of the dense one is within the budget. That of
+    memory is none of a sum, and not among them (see `caps`).
 
     Raises:
         ConvpareError: a budget is on something that the network has none of.
     """
     dense = model.cost(model.whole)
     limits = {}
-    for metric, fraction in budget.fractions.items():
+    for metric, fraction in replace(budget, memory=None).fractions.items():
         if not dense[metric]:
             raise ConvpareError(f"none of the {metric} of {graph.model} can be counted; give another budget")
         if metric == "latency":
