@@ -247,6 +247,15 @@ def test_traced_again():
             assert removed(form, graph, keep).first.weight.shape[0] == 8
 
 
+def test_a_range_that_is_empty_at_the_end():
+    """As an earlier removal leaves one: where it begins follows the channels before it."""
+    model = sandwich(lambda net, y: torch.cat([y.narrow(1, 16, 0), y.narrow(1, 0, 16)], 1))
+    graph = trace(model, IMAGE, "graph")
+    keep = random_keep(graph, 0)
+    assert 0 < keep.sum() < 16
+    assert self_check(model, graph, keep).passed
+
+
 @pytest.mark.parametrize(
     "build",
     [

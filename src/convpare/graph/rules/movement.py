@@ -123,7 +123,7 @@ def pick_range(t: Tracer, x: Value, dim: int = 0, start: Any = None, end: Any = 
     size = x.shape[dim]
     begin, stop, step = slice(start, end, step).indices(size)
     if t.name == "aten.narrow":
-        begin = start % size
+        begin = start if start >= 0 else start + size  # an empty range may begin at the end
         stop = begin + end
     fields = []
     for field in x.fields:
