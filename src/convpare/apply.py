@@ -18,6 +18,7 @@ from convpare.graph.merging import merged_in_turn
 from convpare.graph.structure import Form, Graph
 from convpare.graph.surgery import removed
 from convpare.graph.trace import trace
+from convpare.planning.cost import planned_cost
 from convpare.planning.options import metrics_of, restricted
 from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
@@ -94,6 +95,7 @@ def carry_out(
         if form != "graph":
             raise ConvpareError(f"the plan was made for the {plan.form} form; it cannot be carried out as {form!r}")
         graph, keep = _as_graph(graph, keep, trace(model, example_inputs(model, plan), form="graph"))
+        plan = replace(plan, after=planned_cost(graph, keep, plan.factorizations))
     result = self_check(model, graph, keep) if check else None
     if result is not None and not result.passed:
         raise FailedCheck(result, tuple(group.name for group in culprits(model, graph, keep)))
@@ -111,8 +113,6 @@ def _factorized(
     small: nn.Module, graph: Graph, plan: Plan, result: SelfCheck | None, metrics: Mapping[str, Metric]
 ) -> tuple[nn.Module, SelfCheck | None]:
     """The network with chains, and the check, where one is wanted, with that of the chains."""
-    if graph.form == "graph":
-        raise ConvpareError("layers are factorized in the module form; the graph form cannot be given chains yet")
     chained, factors = factorized(small, plan.factorizations, metrics)
     if result is None:
         return chained, None

@@ -202,8 +202,6 @@ def test_errors():
     ):
         with pytest.raises(ConvpareError, match=message):
             convpare.apply(model, replace(made, factorizations=(wrong,)))
-    with pytest.raises(ConvpareError, match="graph form cannot factorize"):
-        replace(made, form="graph")
 
 
 @pytest.mark.parametrize(

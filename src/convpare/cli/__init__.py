@@ -135,7 +135,7 @@ def compress_command(
         arguments.check()
     fractions, shape = budget.budget, which.shape
     settings = method.options(budget, qsfm.options(method.criterion))
-    check_methods(settings, method.criterion, method.form)
+    check_methods(settings, method.criterion)
     checkpoint = recovery.checkpoint(result.output)
     options = CompressOptions(settings, recovery.options(method.seed), data.limit, method.form, checkpoint)
     _check_images(data, method.criterion, recovery.recover)
@@ -173,7 +173,7 @@ def plan_command(
     if result.sweep and not fractions.fractions:
         raise ConvpareError("--sweep goes from the dense network to a budget: give --macs or --params, no --threshold")
     settings = method.options(budget, qsfm.options(method.criterion))
-    check_methods(settings, method.criterion, method.form)
+    check_methods(settings, method.criterion)
     _check_images(data, method.criterion)
     with terminal.progress() as tell:
         opened = open_model(model, which, tell)

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from convpare.errors import ConvpareError
 from convpare.factorize.chain import Layout, build, is_transposed, kernel_of
 from convpare.factorize.factors import Factors, chain, factorize
 from convpare.factorize.forms import get_form
+from convpare.factorize.graph_edit import is_operator, layer_at, put_chain_
 from convpare.factorize.metric import Metric
 from convpare.graph.check import calls_on_noise, compared, outputs_of
 from convpare.graph.structure import Graph, Layer
@@ -103,6 +104,8 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ConvpareError: there is none, or others share its weight.
     """
+    if isinstance(model, fx.GraphModule) and is_operator(model, name):
+        return layer_at(model, name)
     modules = dict(model.named_modules(remove_duplicate=False))
     layer: nn.Module | None = modules.get(name)
     if layer is None or not name:
@@ -117,8 +120,11 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
     return layer
 
 
-def place_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in place of another one, wherever that stands."""
+def place_(model: nn.Module, name: str, new: nn.Sequential) -> None:
+    """Put a chain in place of a layer, wherever that stands."""
+    if isinstance(model, fx.GraphModule) and is_operator(model, name):
+        put_chain_(model, name, new)
+        return
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):

@@ -65,10 +65,6 @@ class Plan:
     merges: tuple[Merge, ...] = ()
     factorizations: tuple[Factorize, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.factorizations and self.form == "graph":
-            raise ConvpareError("a plan of the graph form cannot factorize layers yet; make it for the module form")
-
     @property
     def achieved(self) -> dict[str, float]:
         """Cost after over cost before, by metric."""

@@ -113,7 +113,7 @@ class Planner:
         chosen = get_criterion(criterion)
         whole, self._merges = merge_all(model, example_inputs) if options.merge else (model, ())
         self.graph = graph = trace(whole, example_inputs, form=form) if graph is None else graph
-        check_methods(options, criterion, graph.form)
+        check_methods(options, criterion)
         self._options = replace(options, allocation=options.allocation or chosen.allocation)
         self._left = total_cost(graph, graph.keep_all())
         self._before = count(model, example_inputs).total if self._merges else self._left

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from convpare.errors import ConvpareError
-from convpare.graph.structure import Form
 from convpare.importance import get_criterion
 from convpare.planning.layer_times import Target
 from convpare.planning.solver import Budget
@@ -92,7 +91,7 @@ class PlanOptions:
         }
 
 
-def check_methods(options: PlanOptions, criterion: str, form: Form) -> None:
+def check_methods(options: PlanOptions, criterion: str) -> None:
     """Raise unless a plan with these options can factorize layers, where it is to."""
     if "factorize" not in options.methods:
         return
@@ -102,5 +101,3 @@ def check_methods(options: PlanOptions, criterion: str, form: Form) -> None:
             f"criterion {criterion} ({allocation}) does not say what compares with factorizations; take "
             f"{' or '.join(COMPARABLE)} and the global allocation"
         )
-    if form == "graph":
-        raise ConvpareError("layers are factorized in the module form; take another form than graph, or prune alone")

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from convpare.errors import ConvpareError
-from convpare.factorize.edit import Factorize
+from convpare.factorize.edit import Factorize, layer_of
 from convpare.factorize.forms import get_form
+from convpare.factorize.graph_edit import is_operator
 from convpare.factorize.metric import Metric
 from convpare.graph.structure import Graph, Layer
 from convpare.graph.tracer import operator_name
@@ -119,11 +120,11 @@ def compensate_(
     tensors: dict[str, Tensor] = dict(student.named_parameters(remove_duplicate=False))
     tensors.update(student.named_buffers(remove_duplicate=False))
     edits = {edit.layer: edit for edit in chains}
-    chained = {name: str(len(student.get_submodule(name)) - 1) for name in edits}  # type: ignore[arg-type]
+    chained = {name: str(len(list(student.get_submodule(name).children())) - 1) for name in edits}
     _check_student(tensors, graph, keep, chained)
     batches = _equal_batches(images)
     left, right = Run(teacher, batches), Run(student, batches)
-    twin_of = aligned(left, right, edits)
+    twin_of = aligned(left, right, edits, by_weights=any(is_operator(student, name) for name in edits))
     sites, kept = _sites(right, graph, keep, tensors, chained, options)
     twins = [twin_of[s.end] for s in sites]
     left.snapshot(twins)
@@ -199,7 +200,7 @@ def _sites(
 
 def _whole(site: Site, run: Run, teacher: nn.Module, edit: Factorize, options: LeastSquares) -> Site | None:
     """The layer that a chain of two stands for, as a site at the chain's first layer, where it can be fitted as one."""
-    module = teacher.get_submodule(edit.layer)
+    module = layer_of(teacher, edit.layer)
     first = next(n for n in run.nodes if _weight_name(run, n) == f"{edit.layer}.0.weight")
     padded = getattr(module, "padding_mode", "zeros") != "zeros"
     late = site.other is not None and run.position.get(site.other, -1) >= run.position[first]

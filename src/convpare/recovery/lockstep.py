@@ -93,15 +93,21 @@ class Run:
                 self._values.pop(used, None)
 
 
-def aligned(teacher: Run, student: Run, chains: Collection[str] = ()) -> dict[Node, Node]:
+def aligned(
+    teacher: Run, student: Run, chains: Collection[str] = (), by_weights: bool = False
+) -> dict[Node, Node]:  # fmt: skip
     """The teacher's node for every node of the student.
 
     Of the layers in `chains`, which the student has as several layers in a row, the last operators are one pair.
 
+    Args:
+        by_weights: an operator is that of a layer whose weight it reads (as in the graph form), not whose module runs
+            it.
+
     Raises:
         ConvpareError: apart from these layers the two networks run different operators.
     """
-    left, right = (_spine(run, chains) for run in (teacher, student))
+    left, right = (_spine(run, chains, by_weights) for run in (teacher, student))
     if [operator_name(n) for n in left] != [operator_name(n) for n in right]:
         raise ConvpareError(
             f"the compressed network runs other operators than the original ({len(right)} and {len(left)} of them), so "
@@ -110,11 +116,16 @@ def aligned(teacher: Run, student: Run, chains: Collection[str] = ()) -> dict[No
     return dict(zip(right, left, strict=True))
 
 
-def _spine(run: Run, chains: Collection[str]) -> list[Node]:
+def _spine(run: Run, chains: Collection[str], by_weights: bool) -> list[Node]:
     """The nodes in their order, of each stretch inside one of these layers the last one."""
-    labelled = [(_layer_of(node, chains), node) for node in run.nodes]
+    labelled = [(_reads(run, node, chains) if by_weights else _layer_of(node, chains), node) for node in run.nodes]
     after: list[str | None] = [label for label, _ in labelled[1:]]
     return [node for (label, node), later in zip(labelled, [*after, None], strict=True) if not label or label != later]
+
+
+def _reads(run: Run, node: Node, chains: Collection[str]) -> str | None:
+    names = [run.tensors[a] for a in node.all_input_nodes if a in run.tensors]
+    return next((layer for layer in chains for name in names if name.startswith(f"{layer}.")), None)
 
 
 def _layer_of(node: Node, chains: Collection[str]) -> str | None:

@@ -51,10 +51,13 @@ def transposed_convolution(
 
 
 def _extent(t: Tracer, x: Value, axis: int) -> Extent:
-    """Of what the layer is given: a module that pads with other than zeros does so before its operator runs."""
+    """Of what the layer is given: a module that pads with other than zeros does so before its operator runs.
+
+    Not in the graph form, where the padding is an operator of its own and a chain would come after it.
+    """
     into = x.shape[axis + 1 :]
     module = t.modules.get(t.module)
-    if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
+    if t.form != "graph" and isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
         pads = module._reversed_padding_repeated_twice[::-1]
         into = tuple(size - sum(pads[2 * n : 2 * n + 2]) for n, size in enumerate(into))
     return Extent(math.prod(t.shape[:axis]), tuple(into), tuple(t.shape[axis + 1 :]))
