@@ -131,7 +131,7 @@ def _metrics(model: nn.Module, graph: Graph, plan: Plan, data: Data | ImageSet |
     if images is None:
         return {}
     layers = [graph.layer(edit.layer) for edit in plan.factorizations]
-    layers = [layer for layer in layers if layer.groups == 1]
+    layers = [layer for layer in layers if layer.groups == 1 or layer.kind == "conv"]
     return metrics_of(Moments(model, images), layers, plan.criterion == "sensitivity")
 
 

@@ -193,7 +193,87 @@ def test_chains_of_a_layer():
 def test_only_layers_that_a_chain_can_replace():
     model = net()
     names = [layer.name for layer in factorizable(model, trace(model, IMAGES[:1]))]
-    assert names == ["stem", "a1", "a2", "b1", "b2", "down", "head"]
+    assert names == ["stem", "a1", "a2", "b1", "b2", "deep", "down", "head"]
+
+
+class Grouped(nn.Module):
+    """Groups of several channels, depthwise kernels wide enough to split, and a multiplier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, padding=1)
+        self.grouped = nn.Conv2d(24, 32, 3, padding=1, groups=2)
+        self.deep = nn.Conv2d(32, 64, (7, 5), padding=3, groups=32)
+        self.up = nn.ConvTranspose2d(64, 16, 2, stride=2, groups=4)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.grouped(torch.relu(self.stem(x))))
+        return self.head(torch.relu(self.up(torch.relu(self.deep(y)))).mean((2, 3)))
+
+
+def grouped() -> tuple[nn.Module, Graph]:
+    torch.manual_seed(0)
+    model = Grouped().eval()
+    return model, trace(model, IMAGES[:2])
+
+
+def test_what_grouped_layers_cost():
+    """As chains and as they are, for any counts: what `planned_cost` says."""
+    model, graph = grouped()
+    choices = offered(model, graph, graph.keep_all())
+    assert [c.layer.name for c in choices] == ["stem", "grouped", "deep", "head"]
+    assert all(c.chains for c in choices[1:3])
+    cost, rng = MixedModel(graph, choices), np.random.default_rng(0)
+    for _ in range(12):
+        counts = np.array([rng.integers(max(1, g.channels // 2), g.channels + 1) for g in graph.groups], float)
+        keep = keep_of(graph, {g.name: rng.permutation(g.channels) for g in graph.groups}, counts)
+        at = [int(rng.integers(0, 1 + len(c.chains))) for c in choices]
+        edits = [
+            Factorize(c.layer.name, c.chains[i - 1].form, (c.chains[i - 1].rank,), ())
+            for c, i in zip(choices, at, strict=True) if i
+        ]  # fmt: skip
+        expected = planned_cost(graph, keep, edits)
+        found = cost.with_chains(counts, at)
+        assert found == pytest.approx({"macs": expected.macs, "params": expected.params}, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["grouped", "deep"])
+def test_the_error_of_chains_of_grouped_layers(name: str):
+    """Of what removals leave: what the fitted chain loses at this layer's output, as a share of it."""
+    model, graph = grouped()
+    layer = graph.layer(name)
+    keep = graph.keep_all()
+    for group in graph.groups:
+        keep[group.start + np.arange(0, group.channels, 3)] = False
+    known = metrics_of(Moments(model, IMAGES, Sampling(per_unknown=10**6)), [layer], weighted=True)[name]
+    left = restricted(known, graph, layer, keep)
+    weight = model.get_submodule(name).weight
+    into, out = (torch.as_tensor(graph.kept(axis, keep)) for axis in (layer.into, layer.out))
+    left_weight = weight.index_select(layer.in_axis, into).index_select(layer.out_axis, out)
+    groups = len(left.inputs)
+    assert groups == (2 if name == "grouped" else len(out) // 2)
+    small = nn.Conv2d(left_weight.shape[1] * groups, len(out), left_weight.shape[2:], groups=groups)
+    with torch.no_grad():
+        small.weight.copy_(left_weight)
+    found = chains_of(graph, layer, weight, known, keep, relative=True)
+    assert found
+    for chain in found:
+        factors = convpare.factorize.factorize(small, chain.form, (chain.rank,), left)
+        exact = chain.form.startswith("o|")
+        assert factors.details["output_error"] == pytest.approx(chain.error, rel=1e-3 if exact else 0.5, abs=2e-3)
+
+
+@pytest.mark.parametrize("methods", [("factorize",), ("prune", "factorize")])
+def test_a_plan_for_grouped_layers(methods: tuple[str, ...]):
+    model, _ = grouped()
+    made = convpare.plan(model, IMAGES[:2], IMAGES, macs=0.5, criterion="sensitivity", options=mixed(*methods))
+    assert {edit.layer for edit in made.factorizations} & {"grouped", "deep"}
+    assert made.achieved["macs"] <= 0.5
+    small = convpare.apply(model, made, IMAGES)
+    assert count(small, IMAGES[:2]).total == made.after
+    done = convpare.recovery.calibrate.recover_with(small, model, IMAGES)
+    assert done.errors["least-squares"] < done.errors["none"]
 
 
 @pytest.mark.parametrize("criterion", ["reconstruction", "sensitivity"])

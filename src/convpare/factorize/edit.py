@@ -169,6 +169,18 @@ def shape_in(graph: Graph, layer: Layer, keep: np.ndarray) -> Kernel:
     return _left(shape, whole, layer.groups, layer.kind == "conv_transpose")
 
 
+def kernel_at(graph: Graph, layer: Layer, into: int, out: int) -> Kernel:
+    """The kernel of a layer whose weight's axes of inputs and outputs have these sizes, without its numbers.
+
+    Raises:
+        ConvpareError: the groups cannot be told of these sizes.
+    """
+    whole = graph.shapes[layer.weight]
+    sizes = {layer.in_axis: into, layer.out_axis: out}
+    shape = tuple(sizes.get(axis, size) for axis, size in enumerate(whole))
+    return _left(shape, whole, layer.groups, layer.kind == "conv_transpose")
+
+
 def _left(shape: tuple[int, ...], whole: tuple[int, ...], groups: int, transposed: bool) -> Kernel:
     """What removals leave of a kernel, without its numbers; `groups` are those of the whole one."""
     if groups > 1 and whole[1] == 1:  # a group is one channel with its multiples, and goes as a whole

@@ -12,7 +12,7 @@ from torch import nn
 
 from convpare.errors import ConvpareError
 from convpare.factorize.chain import build, kernel_of, layout_of
-from convpare.factorize.edit import Factorize
+from convpare.factorize.edit import Factorize, kernel_at
 from convpare.factorize.forms import get_form
 from convpare.graph.structure import Extent, Graph, Layer
 from convpare.modes import eval_mode
@@ -97,8 +97,7 @@ class NetworkTimes:
     ) -> Iterator[tuple[Signature, int, int]]:
         """The plain layers, with their input and output channels."""
         transposed = layer.kind == "conv_transpose"
-        blank = _blank(into, out, self.graph.shapes[layer.weight][2:])
-        shapes = get_form(form).shapes(blank, ranks, transposed) if form else ()
+        shapes = get_form(form).shapes(kernel_at(self.graph, layer, into, out), ranks, transposed) if form else ()
         signatures = self._signatures_of(layer, form, shapes, extent)
         if form:
             for signature, (groups, o, i, *_) in zip(signatures, shapes, strict=True):
@@ -140,10 +139,6 @@ def _plain(model: nn.Module, layer: Layer) -> nn.Module | None:
     except (AttributeError, ConvpareError):
         return None
     return copy.deepcopy(found).to("meta")
-
-
-def _blank(into: int, out: int, spatial: tuple[int, ...]) -> Kernel:
-    return Kernel(torch.empty(1, out, into, *spatial, device="meta"))
 
 
 def _sizes(graph: Graph, layer: Layer, keep: np.ndarray) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
 from convpare.factorize.chain import Layout
-from convpare.factorize.edit import layer_of, shape_in
+from convpare.factorize.edit import kernel_at, layer_of
 from convpare.factorize.forms import Shape
 from convpare.factorize.metric import Metric
 from convpare.factorize.two_factors import TwoFactors
@@ -36,8 +36,11 @@ class Chain:
 
 
 def factorizable(model: nn.Module, graph: Graph) -> list[Layer]:
-    """The layers that a chain can replace: modules of their own, not grouped, whose weight is theirs alone."""
-    return [x for x in graph.layers if x.groups == 1 and not x.computed and _is_replaceable(model, x.name)]
+    """The layers that a chain can replace: modules of their own, whose weight is theirs alone; of grouped layers,
+    transposed ones are none.
+    """
+    plain = [x for x in graph.layers if not x.computed and (x.groups == 1 or x.kind == "conv")]
+    return [x for x in plain if _is_replaceable(model, x.name)]
 
 
 def _is_replaceable(model: nn.Module, name: str) -> bool:
@@ -60,21 +63,35 @@ def metrics_of(moments: Moments, layers: Sequence[Layer], weighted: bool) -> dic
 
 
 def restricted(metric: Metric, graph: Graph, layer: Layer, keep: np.ndarray) -> Metric:
-    """The second moments of what removals leave of a layer that is not grouped, under the mask `keep` (channels,)."""
-    device = metric.inputs.device
-    into, out = (torch.as_tensor(graph.kept(axis, keep), device=device) for axis in (layer.into, layer.out))
-    if (len(out), len(into)) == tuple(graph.shapes[layer.weight][a] for a in (layer.out_axis, layer.in_axis)):
-        return Metric(metric.inputs, metric.outputs)
-    taps = metric.inputs.shape[1] // graph.shapes[layer.weight][layer.in_axis]
-    chosen = (into[:, None] * taps + torch.arange(taps, device=device)).flatten()
-    outputs = None if metric.outputs is None else metric.outputs[:, out][:, :, out]
-    return Metric(metric.inputs[:, chosen][:, :, chosen], outputs)
+    """The second moments of what removals leave of a layer, under the mask `keep` (channels,)."""
+    into, out = (graph.kept(axis, keep) for axis in (layer.into, layer.out))
+    slots = metric.inputs.shape[1] // _taps(metric, graph, layer)
+    if graph.is_depthwise(layer):  # whole groups go
+        channels = np.unique(out // (graph.shapes[layer.weight][layer.out_axis] // layer.groups))
+        left = torch.as_tensor(channels, device=metric.inputs.device)
+        return Metric(metric.inputs[left], None if metric.outputs is None else metric.outputs[left])
+    outputs = metric.outputs
+    if outputs is not None and (mine := out[out < outputs.shape[1]]).size < outputs.shape[1]:  # alike in all groups
+        outputs = _picked(outputs, torch.as_tensor(mine, device=outputs.device))
+    if len(into) == slots:
+        return Metric(metric.inputs, outputs)
+    taps = np.arange(_taps(metric, graph, layer))
+    chosen = torch.as_tensor((into[:, None] * len(taps) + taps).flatten(), device=metric.inputs.device)
+    return Metric(_picked(metric.inputs, chosen), outputs)
+
+
+def _taps(metric: Metric, graph: Graph, layer: Layer) -> int:
+    """Positions of the kernel for each of its inputs, in the moment of what it sees."""
+    return metric.inputs.shape[1] // graph.shapes[layer.weight][layer.in_axis]
+
+
+def _picked(moment: Tensor, chosen: Tensor) -> Tensor:
+    return moment[:, chosen][:, :, chosen]
 
 
 def dense_cost(graph: Graph, layer: Layer) -> tuple[Bilinear, Bilinear]:
     """MACs and parameters of a layer as it is, bias apart."""
-    spatial = shape_in(graph, layer, graph.keep_all()).tensor.shape[3:]
-    return _bilinear(layer, lambda sizes: ((1, sizes[1], sizes[0], *spatial),))
+    return _bilinear(graph, layer, lambda kernel: (tuple(kernel.tensor.shape),))
 
 
 def chains_of(
@@ -96,16 +113,17 @@ def chains_of(
     into, out = (torch.as_tensor(graph.kept(axis, keep), device=weight.device) for axis in (layer.into, layer.out))
     left = weight.detach().double().index_select(layer.in_axis, into).index_select(layer.out_axis, out)
     transposed = layer.kind == "conv_transpose"
-    kernel, metric = Kernel.of(left, 1, transposed), restricted(metric, graph, layer, keep)
+    metric = restricted(metric, graph, layer, keep)
+    kernel = Kernel.of(left, len(metric.inputs), transposed)
     unit = metric.cost(kernel) if relative else graph.inputs[0][0] / layer.positions
     found = []
     for cut in cuts_of(kernel.dimensions):
         if (transposed and not cut.splits_channels) or (forms is not None and cut.name not in forms):
             continue
         form = TwoFactors(cut)
-        worth = form.losses(kernel, transposed, metric)[0].cpu().numpy()
+        worth = form.losses(kernel, transposed, metric).sum(0).cpu().numpy()  # all groups have one rank
         lost = np.concatenate([worth[::-1].cumsum()[::-1][1:], [0.0]]) / max(unit, 1e-300)
-        macs, params = _bilinear(layer, partial(_shapes, kernel, form, transposed))
+        macs, params = _bilinear(graph, layer, partial(form.shapes, ranks=(1,), transposed=transposed))
         for rank in _ranks(len(worth)):
             found.append(Chain(cut.name, rank, _times(rank, macs), _times(rank, params), float(lost[rank - 1])))
     sizes = len(into), len(out)
@@ -133,31 +151,33 @@ def _ranks(full: int) -> list[int]:
     return sorted(spread | set(range(16, min(full, 16 * RANKS) + 1, 16)))
 
 
-def _shapes(kernel: Kernel, form: TwoFactors, transposed: bool, sizes: tuple[int, int]) -> tuple[Shape, ...]:
-    """At rank 1: both layers of a chain grow with the rank alike."""
-    resized = Kernel(torch.empty(1, sizes[1], sizes[0], *kernel.tensor.shape[3:], device="meta"))
-    return form.shapes(resized, (1,), transposed)
-
-
 def _times(rank: int, cost: Bilinear) -> Bilinear:
     a, b, c, d = cost
     return rank * a, rank * b, rank * c, rank * d
 
 
-def _bilinear(layer: Layer, shapes: Callable[[tuple[int, int]], tuple[Shape, ...]]) -> tuple[Bilinear, Bilinear]:
-    """The costs of layers whose shapes are bilinear in (inputs, outputs), from those at four sizes."""
-    corners = [Layout(shapes(sizes), layer.kind == "conv_transpose") for sizes in ((1, 1), (2, 1), (1, 2), (2, 2))]
+def _bilinear(graph: Graph, layer: Layer, shapes: Callable[[Kernel], tuple[Shape, ...]]) -> tuple[Bilinear, Bilinear]:
+    """The costs of layers whose shapes are bilinear in (inputs, outputs), from those at four sizes.
+
+    Outputs of grouped layers come by the group; depthwise ones have as many groups as outputs, and one input always.
+    """
+    depthwise, whole = graph.is_depthwise(layer), graph.shapes[layer.weight][layer.out_axis]
+    step = whole // layer.groups if depthwise else layer.groups
+    sizes = [(1, step), (1 if depthwise else 2, step), (1, 2 * step), (1 if depthwise else 2, 2 * step)]
+    transposed = layer.kind == "conv_transpose"
+    corners = [Layout(shapes(kernel_at(graph, layer, *own)), transposed) for own in sizes]
     return (
-        _through([float(c.macs(layer.extents)) for c in corners]),
-        _through([float(c.params) for c in corners]),
+        _through([float(c.macs(layer.extents)) for c in corners], step),
+        _through([float(c.params) for c in corners], step),
     )
 
 
-def _through(corners: list[float]) -> Bilinear:
+def _through(corners: list[float], step: int) -> Bilinear:
+    """`step`: how many outputs there are at the first corner."""
     one, wide, tall, both = corners
     d = both - wide - tall + one
     b, c = wide - one - d, tall - one - d
-    return one - b - c - d, b, c, d
+    return one - b - c - d, b, c / step, d / step
 
 
 def _front(found: list[Chain], costs: Sequence[tuple[float, ...]]) -> list[Chain]:
