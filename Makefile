@@ -23,7 +23,7 @@ $(STAMP): constraints.txt requirements-nodeps.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,report,onnx,demo,dev]' pyyaml huggingface_hub
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,report,onnx,demo,train,dev]' pyyaml huggingface_hub
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-nodeps.txt
 	touch $@
 

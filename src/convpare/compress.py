@@ -23,6 +23,7 @@ from convpare.planning.planner import Planner
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
 from convpare.recovery import TUNINGS, Recovered, RecoverOptions, recover_with, tuned
+from convpare.recovery.processes import current
 
 ATTEMPTS = 5  # plans that are measured against a budget of latency
 
@@ -125,7 +126,8 @@ def compress(
     Calibration uses training images of `data` without their labels; its test images serve for the accuracies alone.
     A group whose surgery fails the self-check is left whole, and the plan is made anew without it. Several methods are
     tried together and each alone, and what comes nearest to the original after recovery is taken. A budget of latency
-    is met as measured: where a network is slower than predicted the plan is made anew with less.
+    is met as measured: where a network is slower than predicted the plan is made anew with less. Of several processes
+    that were launched the main one does all this, the others train with it.
 
     Raises:
         ConvpareError: as `plan`, `apply` and `recover`, or recovery is wanted without images; nothing has been changed.
@@ -133,21 +135,26 @@ def compress(
     recovery = _wanted(options, data)
     budget = options.plan.budget(macs, params)
     tell = on_progress or (lambda *_: None)
-    started = time.perf_counter()
-    tell("tracing", 0, 1)
-    planner = Planner(model, example_inputs, data, criterion=criterion, options=options.plan, form=options.form)
-    traced = time.perf_counter() - started
-    tries: list[_Try] = []
-    for methods in _candidates(options.plan.methods, recovery is not None):
-        try:
-            found = _carried_out(model, planner, budget, methods, tell)
-        except Infeasible:
-            if methods == options.plan.methods:
-                raise
-            continue
-        tries.append(_recovered(found, model, data, recovery, tell))
-    errors = {" and ".join(t.methods): t.error for t in tries} if len(tries) > 1 else {}
-    best = _trained(min(tries, key=lambda t: t.error), model, data, options, tell)
+
+    def make() -> tuple[_Try, dict[str, float], float]:
+        started = time.perf_counter()
+        tell("tracing", 0, 1)
+        planner = Planner(model, example_inputs, data, criterion=criterion, options=options.plan, form=options.form)
+        traced = time.perf_counter() - started
+        tries: list[_Try] = []
+        for methods in _candidates(options.plan.methods, recovery is not None):
+            try:
+                found = _carried_out(model, planner, budget, methods, tell)
+            except Infeasible:
+                if methods == options.plan.methods:
+                    raise
+                continue
+            tries.append(_recovered(found, model, data, recovery, tell))
+        errors = {" and ".join(t.methods): t.error for t in tries} if len(tries) > 1 else {}
+        return min(tries, key=lambda t: t.error), errors, traced
+
+    best, errors, traced = _in_all(model, make)
+    best = _trained(best, model, data, options, tell)
     return _measured(model, best, traced, data, options.test_limit, errors, tell)
 
 
@@ -207,6 +214,11 @@ class _Try:
     recovered: Recovered | None = None
     calibrated: nn.Module | None = None  # before it was trained, if it was
     latency: tuple[float, ...] = ()  # milliseconds before and after, where there is a budget of them
+
+    def of(self, model: nn.Module) -> "_Try":
+        """The same of another network."""
+        recovered = None if self.recovered is None else replace(self.recovered, model=model)
+        return replace(self, surgery=model, recovered=recovered)
 
     @property
     def slowness(self) -> float:
@@ -279,6 +291,26 @@ def _recovered(
     return replace(found, recovered=done, seconds=(found.seconds[0], time.perf_counter() - started))
 
 
+def _in_all(
+    model: nn.Module, make: Callable[[], tuple[_Try, dict[str, float], float]]
+) -> tuple[_Try, dict[str, float], float]:
+    """What the main process makes, in all processes: the others carry out its plan, and take its weights."""
+    processes = current()
+    if processes.count == 1:
+        return make()
+    made = []
+
+    def told() -> tuple[_Try, dict[str, float], float]:
+        made.append(make())
+        best, errors, traced = made[0]
+        return best.of(nn.Identity()), errors, traced
+
+    best, errors, traced = processes.once(told)
+    best = made[0][0] if processes.main else best.of(carry_out(model, best.plan, check=False)[0])
+    processes.follow_(best.model)
+    return best, errors, traced
+
+
 def _trained(
     found: _Try, model: nn.Module, data: Data | ImageSet | Tensor | None, options: CompressOptions, tell: Progress
 ) -> _Try:
@@ -321,9 +353,12 @@ class Tester:
     def stage(self, name: str, model: nn.Module, seconds: float) -> Stage:
         if self.test is None:
             return Stage(name, None, seconds)
-        found: Evaluation = evaluate(
-            model, self.test, limit=self.limit,
-            on_progress=lambda done, total: self.tell(f"accuracy {name}", done, total),
+        test = self.test
+        found: Evaluation = current().once(
+            lambda: evaluate(
+                model, test, limit=self.limit,
+                on_progress=lambda done, total: self.tell(f"accuracy {name}", done, total),
+            )
         )  # fmt: skip
         self.images = found.images
         return Stage(name, found.top1, seconds)

@@ -11,7 +11,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
     Args:
         module: the module's dotted name, such as `"PIL.Image"`.
-        extra: the extra of this package that installs it: `cli`, `vision`, `onnx`, `report` or `demo`.
+        extra: the extra of this package that installs it: `cli`, `vision`, `onnx`, `report`, `demo` or `train`.
 
     Raises:
         ConvpareError: it is not installed, or it is a torchvision built for another torch.

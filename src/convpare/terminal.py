@@ -55,7 +55,15 @@ _NAMES = frozenset(
     }
 )  # give way
 
+_SILENT = threading.Event()
+
 Tell = Callable[[str, int, int], None]
+
+
+def silence() -> None:
+    """From here on only `fail` with `anyway` says anything: another process speaks for this one."""
+    _SILENT.set()
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
 
 
 def show(text: str) -> None:
@@ -68,8 +76,10 @@ def warn(text: str) -> None:
     _console(error=True).print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
-def fail(text: str) -> None:
-    _console(error=True).print(f"[red]error:[/] {escape(text)}", soft_wrap=True)
+def fail(text: str, *, anyway: bool = False) -> None:
+    console = _console(error=True)
+    console.quiet &= not anyway
+    console.print(f"[red]error:[/] {escape(text)}", soft_wrap=True)
 
 
 @contextmanager
@@ -544,7 +554,7 @@ def _before_and_after(done: Compression, content: dict[str, Any]) -> Table:
 
 def _console(*, error: bool = False) -> Console:
     """Made anew each time: the streams and the environment may have changed."""
-    console = Console(file=sys.stderr if error else sys.stdout, highlight=False, emoji=False)
+    console = Console(file=sys.stderr if error else sys.stdout, highlight=False, emoji=False, quiet=_SILENT.is_set())
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         console.width = _WIDTH
     if console.width < _NARROWEST:  # noqa: PLR1730 - an assignment would keep it from following the terminal's width

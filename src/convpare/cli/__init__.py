@@ -54,6 +54,7 @@ from convpare.cli.arguments import (
 )
 from convpare.cli.files import check_gallery, check_json, check_output, check_plot, write_json
 from convpare.cli.models import Opened, artifact_of, example_of, open_data, open_model, open_to_time
+from convpare.cli.together import together
 from convpare.compress import Compression, CompressOptions, carry_through, compress
 from convpare.data import Data, load_data
 from convpare.errors import ConvpareError
@@ -65,6 +66,7 @@ from convpare.planning.plan import load_plan
 from convpare.planning.planner import Planner, calibration_images
 from convpare.planning.settings import check_methods
 from convpare.prospect import prospect, trade_off
+from convpare.recovery.processes import OfOneProcess, current
 from convpare.redundancy.kernels import ENERGY
 from convpare.regain import regain
 from convpare.report import theory_figure, trade_off_figure, truncation_figure, write_figure
@@ -139,18 +141,17 @@ def compress_command(
     checkpoint = recovery.checkpoint(result.output)
     options = CompressOptions(settings, recovery.options(method.seed), data.limit, method.form, checkpoint)
     _check_images(data, method.criterion, recovery.recover)
+    processes = current()
     with terminal.progress() as tell:
-        opened = open_model(model, which, tell)
-        images = open_data(data, opened, tell, data.test)
-        example = example_of(shape, opened, images)
+        with processes.main_first():
+            opened = open_model(model, which, tell)
+            images = open_data(data, opened, tell, data.test)
+            example = example_of(shape, opened, images)
         done = compress(
             opened.module, example, images, macs=fractions.macs, params=fractions.params, criterion=method.criterion,
             options=options, on_progress=tell,
         )  # fmt: skip
-        figures = _measure_and_save(opened, done, example, images, result.output, tell)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        write_json(result.json_file, figures.to_json())
+        figures = processes.once(lambda: _finished(opened, done, example, images, result, checkpoint, tell))
     terminal.show_compression(done, figures, result.output, images.note if images else None)
 
 
@@ -216,16 +217,15 @@ def apply_command(
     checkpoint = recovery.checkpoint(result.output)
     options = CompressOptions(recover=recovery.options(seed), test_limit=data.limit, checkpoint=checkpoint)
     _check_images(data, None, recovery.recover)
-    wanted = load_plan(plan)
+    processes = current()
     with terminal.progress() as tell:
-        opened = open_model(model, which, tell)
-        images = open_data(data, opened, tell, data.test)
+        with processes.main_first():
+            wanted = load_plan(plan)
+            opened = open_model(model, which, tell)
+            images = open_data(data, opened, tell, data.test)
         done = carry_through(opened.module, wanted, images, options=options, on_progress=tell)
         example = example_of(wanted.inputs[0], opened, None)
-        figures = _measure_and_save(opened, done, example, images, result.output, tell)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        write_json(result.json_file, figures.to_json())
+        figures = processes.once(lambda: _finished(opened, done, example, images, result, checkpoint, tell))
     terminal.show_compression(done, figures, result.output, images.note if images else None)
 
 
@@ -248,23 +248,28 @@ def recover_command(
     options = CompressOptions(recover=recovery.options(seed), test_limit=data.limit, checkpoint=checkpoint)
     if data.data is None or options.recover is None:
         raise ConvpareError("recover needs images, and a way: give --data, and no --recover none")
+    processes = current()
     with terminal.progress() as tell:
-        found = artifact_of(artifact, which)
-        if found.plan is None:
-            raise ConvpareError(f"{artifact} was saved without a plan: nothing tells how it came from the original")
-        opened = open_model(teacher, replace(which, model=None), tell)
-        images = open_data(data, opened, tell, data.test)
-        assert images is not None
+        with processes.main_first():
+            found = artifact_of(artifact, which)
+            if found.plan is None:
+                raise ConvpareError(f"{artifact} was saved without a plan: nothing tells how it came from the original")
+            opened = open_model(teacher, replace(which, model=None), tell)
+            images = open_data(data, opened, tell, data.test)
+            assert images is not None
         done = regain(found.module, opened.module, images, found.plan, options, tell)
-        tell("saving", 0, 1)
-        figures = {**found.figures, "regained": done.to_json()}
-        save(
-            done.model, result.output, plan=found.plan, spec=found.spec, preprocessing=images.preprocessing,
-            figures=figures,
-        )  # fmt: skip
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        write_json(result.json_file, done.to_json())
+
+        def finish() -> None:
+            tell("saving", 0, 1)
+            figures = {**found.figures, "regained": done.to_json()}
+            save(
+                done.model, result.output, plan=found.plan, spec=found.spec, preprocessing=images.preprocessing,
+                figures=figures,
+            )  # fmt: skip
+            _forget(checkpoint)
+            write_json(result.json_file, done.to_json())
+
+        processes.once(finish)
     terminal.show_regained(done, result.output)
 
 
@@ -407,6 +412,22 @@ def _measure_and_save(
     return figures
 
 
+def _finished(
+    opened: Opened, done: Compression, example: Tensor, data: Data | None, result: ResultArguments,
+    checkpoint: Path | None, tell: terminal.Tell,
+) -> Measured:  # fmt: skip
+    """All that is written at the end."""
+    figures = _measure_and_save(opened, done, example, data, result.output, tell)
+    _forget(checkpoint)
+    write_json(result.json_file, figures.to_json())
+    return figures
+
+
+def _forget(checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+
+
 def _check_images(data: DataArguments, criterion: str | None, recover: str = "none") -> None:
     if data.data is None and criterion is not None and get_criterion(criterion).needs_images:
         raise ConvpareError(f"criterion {criterion} looks at feature maps: give images with --data, or --criterion l2")
@@ -419,7 +440,7 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except (ConvpareError, cyclopts.CycloptsError) as error:
-        terminal.fail(str(error).strip())
+        terminal.fail(str(error).strip(), anyway=isinstance(error, OfOneProcess))
         raise SystemExit(1) from None
     except OSError as error:  # such as a full disk under standard output
         terminal.fail(f"{error}; check the disk and the permissions")
@@ -436,5 +457,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:  # the process is this command's: torch's modules need not be searched for garbage, 1.4 s
         gc.freeze()
         atexit.register(gc.freeze)
-    with _exit_codes():
-        app(list(arguments) if arguments is not None else sys.argv[1:], exit_on_error=False, print_error=False)
+    given = list(arguments) if arguments is not None else sys.argv[1:]
+    with _exit_codes(), together(given):
+        app(given, exit_on_error=False, print_error=False)

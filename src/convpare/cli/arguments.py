@@ -17,6 +17,7 @@ from convpare.planning.layer_times import Target
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
 from convpare.recovery import TUNINGS, LeastSquares, RecoverOptions, TrainOptions, TuneOptions
+from convpare.recovery.processes import current, several
 from convpare.truncate import FRACTIONS, TruncateOptions
 
 RESULT = Group("Result", sort_key=1)
@@ -212,9 +213,13 @@ class ResultArguments:
     json_file: Annotated[Path | None, Parameter(name="--json")] = None
 
     def check(self) -> None:
-        """Find out before long work whether both can be written."""
-        check_output(self.output)
-        check_json(self.json_file, self.output)
+        """Find out before long work whether both can be written, by the process that does it."""
+
+        def check() -> None:
+            check_output(self.output)
+            check_json(self.json_file, self.output)
+
+        current().once(check)
 
 
 @Parameter(name="*", group=RESULT)
@@ -356,6 +361,11 @@ class RecoveryArguments:
         given = [n for n in ("epochs", "minutes", "train_images", "lr", "batch_size") if getattr(self, n) is not None]
         if given and self.recover not in TUNINGS:
             raise ConvpareError(f"{option(given[0])} is about training: give it with --recover distill or finetune")
+        if several() and self.recover not in TUNINGS:
+            raise ConvpareError(
+                "several processes were launched, and they share training alone: give --recover distill or finetune, "
+                "or start this without accelerate launch or torchrun"
+            )
         if self.recover == "none":
             return None
         tune = TuneOptions(self.epochs, self.minutes, self.train_images, self.lr, self.batch_size)

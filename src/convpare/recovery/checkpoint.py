@@ -19,11 +19,15 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[s
     """Store tensors by name, on whatever device, and what else there is to say."""
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}  # tied ones share memory
     new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(safetensors.save(own, {"format": FORMAT, "about": json.dumps(about)}))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("wb") as file:
+            file.write(safetensors.save(own, {"format": FORMAT, "about": json.dumps(about)}))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:  # interrupted, or a full disk
+        new.unlink(missing_ok=True)
+        raise
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

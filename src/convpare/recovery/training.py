@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convpare.errors import ConvpareError
+from convpare.recovery.borrowed import channels_last, own_generators, running_statistics, training_mode
 from convpare.recovery.checkpoint import read_checkpoint, write_checkpoint
 from convpare.recovery.objectives import CrossEntropy, Objective
+from convpare.recovery.processes import OfOneProcess, Processes, current, on_cpu
 
 SCHEDULES = ("one-cycle", "cosine")
 PADDINGS = ("zeros", "reflect")
@@ -85,6 +86,11 @@ class TrainOptions:
                 f"ema is {self.ema}, clip {self.clip}; expected 0 for none, ema below 1 such as 0.999, clip above 0."
             )
 
+    @property
+    def frozen(self) -> bool:
+        """Whether batch norms keep their statistics."""
+        return self.norms == "frozen"
+
     def learning_rate(self, progress: float) -> float:
         """The learning rate when this part of all steps, in [0, 1], is done."""
         if self.schedule == "cosine":
@@ -120,6 +126,11 @@ def train_(
     with the same number of threads, ends with the very bits of a run that was never interrupted: the generators are
     seeded anew for each epoch, by the seed and its number, and within an epoch they are in the file.
 
+    Where several processes were launched (`processes`), each calls this with the same arguments and takes its share of
+    every batch. They start from the main one's weights or checkpoint, which it alone reads and writes, and what they
+    learn is that of one process but for the order in which sums are taken, dropout, and batch norms that take the
+    statistics of a batch: those take that of a share, and their running statistics are the shares' mean.
+
     Args:
         model: (b, c, *spatial) -> (b, classes), or what the objective says; on any device. Parameters that require no
             gradient stay.
@@ -137,25 +148,27 @@ def train_(
     Raises:
         ConvpareError: images, labels or outputs do not fit each other, the checkpoint is of another training, or the
             loss is not finite; the model's weights are then those of some step before.
+        Lost: another process has ended.
     """
-    run = _Run(model, images, labels, options, objective)
+    processes = current()
+    run = _Run(model, images, labels, options, objective, processes)
+    own = checkpoint if processes.main else None
     stored = time.monotonic()
 
     def after_step() -> None:
         nonlocal stored
-        if checkpoint is not None and time.monotonic() - stored >= SAVED_EVERY:
-            write_checkpoint(checkpoint, run.tensors(), run.about())
+        if own is not None and time.monotonic() - stored >= SAVED_EVERY:
+            write_checkpoint(own, run.tensors(), run.about())
             stored = time.monotonic()
         if on_step is not None:
             on_step(run.steps * len(run.history) + run.done, run.steps * options.epochs)
 
-    with _training_mode(model, options), _channels_last(model, images), _own_generators(run.device):
-        if checkpoint is not None and checkpoint.exists():
-            run.resume(checkpoint)
+    with training_mode(model, options.frozen), channels_last(model, images), own_generators(run.device):
+        run.start(checkpoint)
         while len(run.history) < options.epochs:
             run.epoch(after_step)
-            if checkpoint is not None:
-                write_checkpoint(checkpoint, run.tensors(), run.about())
+            if own is not None:
+                write_checkpoint(own, run.tensors(), run.about())
                 stored = time.monotonic()
             if on_progress is not None:
                 on_progress(run.history[-1])
@@ -168,19 +181,25 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, images: Tensor, labels: Tensor | None, options: TrainOptions,
-        objective: Objective | None,
+        objective: Objective | None, processes: Processes,
     ) -> None:  # fmt: skip
         _check_images(images, labels, options)
         if labels is None and objective is None:
             raise ConvpareError("training on labels needs some; give them, or an objective that needs none.")
-        self.model, self.images, self.labels, self.options = model, images, labels, options
+        self.model, self.images, self.labels, self.options, self.processes = model, images, labels, options, processes
         self.objective = objective or CrossEntropy(int(labels.max()) + 1)  # type: ignore[union-attr]
         self.steps = math.ceil(len(images) / options.batch_size)
+        if (smallest := len(images) // self.steps) < processes.count:
+            raise ConvpareError(
+                f"{processes.count} processes cannot share batches of {smallest}; start fewer of them, or give a "
+                "larger batch_size or more images."
+            )
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ConvpareError("the model has no parameter that requires a gradient; there is nothing to train.")
         first = next(iter(self.trained.values()))
         self.device, self.dtype = first.device, first.dtype
+        self.running = running_statistics(model, options.frozen) if processes.count > 1 else []
         groups = [
             {"params": [p for p in self.trained.values() if p.ndim > 1], "weight_decay": options.weight_decay},
             {"params": [p for p in self.trained.values() if p.ndim <= 1], "weight_decay": 0.0},
@@ -203,14 +222,20 @@ class _Run:
         if under_way is not None:
             self._set_generators(under_way)
         for indices in torch.tensor_split(order, self.steps)[self.done :]:
-            x = self.images[indices.to(self.images.device)].to(self.device, self.dtype)
+            share = self.processes.share(len(indices))
+            mine = indices[share]
+            x = self.images[mine.to(self.images.device)].to(self.device, self.dtype)
             y = None
             if self.labels is not None:
-                y = self.labels[indices.to(self.labels.device)].to(self.device, torch.int64)
+                y = self.labels[mine.to(self.labels.device)].to(self.device, torch.int64)
+            x = augmented(x, self.options, self.generator, len(indices), share)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-                loss, right = self.objective(self.model, augmented(x, self.options, self.generator), y)
-            self._step(loss / len(x), (number - 1 + (self.done + 0.5) / self.steps) / self.options.epochs)
-            self.losses.append(loss.detach())
+                loss, right = self.objective(self.model, x, y)
+            self.optimizer.zero_grad()
+            (loss / len(indices)).backward()
+            loss, right = self._of_all(loss.detach(), right, len(mine) / len(indices))
+            self._step((number - 1 + (self.done + 0.5) / self.steps) / self.options.epochs)
+            self.losses.append(loss)
             self.right += right
             self.done += 1
             self.seconds = time.perf_counter() - started
@@ -228,11 +253,19 @@ class _Run:
         self.right.zero_()
         after_step()
 
-    def _step(self, loss: Tensor, progress: float) -> None:
+    def _of_all(self, loss: Tensor, right: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Make gradients and running statistics those of all processes; their loss, and how many came out right."""
+        if self.processes.count == 1:
+            return loss, right
+        means = [x * share for x in self.running]
+        loss, count, *means = self.processes.sum_gradients_(self.trained.values(), [loss, right.float(), *means])
+        for running, mean in zip(self.running, means, strict=True):
+            running.copy_(mean)
+        return loss, count.to(right.dtype)
+
+    def _step(self, progress: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate(progress)
-        self.optimizer.zero_grad()
-        loss.backward()
         if self.options.clip:
             nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip)
         self.optimizer.step()
@@ -257,13 +290,19 @@ class _Run:
             self.model.load_state_dict(self.average)
 
     def _seed(self, number: int) -> None:
-        """Seed the generators of an epoch: of its images, and the global ones, which dropout reads."""
+        """Seed the generators of an epoch: of its images, and the global ones, which dropout reads.
+
+        The images' is the same in all processes; the global ones differ, so that shares do not drop the same.
+        """
         seeds = np.random.SeedSequence([self.options.seed, number]).generate_state(2, np.uint64).tolist()
+        self.generator.manual_seed(seeds[1])
+        if not self.processes.main:
+            mine = [self.options.seed, number, self.processes.rank]
+            seeds = np.random.SeedSequence(mine).generate_state(1, np.uint64).tolist()
         torch.default_generator.manual_seed(seeds[0])
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seeds[0])
-        self.generator.manual_seed(seeds[1])
 
     def _generators(self) -> dict[str, Tensor]:
         found = {"images": self.generator.get_state(), "global": torch.get_rng_state()}
@@ -271,8 +310,10 @@ class _Run:
 
     def _set_generators(self, states: dict[str, Tensor]) -> None:
         self.generator.set_state(states["images"])
+        if not self.processes.main:  # the global ones are the main process's
+            return
         torch.set_rng_state(states["global"])
-        if "cuda" in states:
+        if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -297,12 +338,34 @@ class _Run:
         images, labels = list(self.images.shape), self.labels is not None
         return {"options": asdict(self.options), "images": images, "labels": labels, "shapes": shapes}
 
+    def _different(self, about: dict[str, Any]) -> list[str]:
+        """What another training has otherwise."""
+        return [name for name, mine in self._signature().items() if about.get(name) != mine]
+
+    def start(self, checkpoint: Path | None) -> None:
+        """Take up the state of the checkpoint, if it is there; in other processes than the main one, its state."""
+
+        def of_main() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+            if checkpoint is not None and checkpoint.exists():
+                self.resume(checkpoint)
+            if self.processes.count == 1:
+                return None
+            return on_cpu(self.tensors()), self.about()
+
+        state = self.processes.once(of_main)
+        if state is None or self.processes.main:
+            return
+        if different := self._different(state[1]):
+            raise OfOneProcess(
+                f"process {self.processes.rank + 1} of {self.processes.count}: its {' and '.join(different)} are not "
+                "the main process's; give all processes the same network and images."
+            )
+        self._take(*state)
+
     def resume(self, path: Path) -> None:
         """Take up the state of a checkpoint."""
         tensors, about = read_checkpoint(path)
-        mine = self._signature()
-        different = [name for name in mine if about.get(name) != mine[name]]
-        if different:
+        if different := self._different(about):
             raise ConvpareError(
                 f"the checkpoint {path} is of a training with other {' and '.join(different)}; give the same ones to "
                 "go on, another path, or delete it to start anew."
@@ -330,18 +393,25 @@ class _Run:
             self._set_generators({n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)})
 
 
-def augmented(images: Tensor, options: TrainOptions, generator: torch.Generator) -> Tensor:
-    """Images (b, c, *rest, h, w), each cropped and mirrored as the options say, at random; of the same shape."""
+def augmented(
+    images: Tensor, options: TrainOptions, generator: torch.Generator, batch: int | None = None,
+    share: slice = slice(None),
+) -> Tensor:  # fmt: skip
+    """Images (b, c, *rest, h, w), each cropped and mirrored as the options say, at random; of the same shape.
+
+    Where they are a share of a batch of so many, chance is drawn for the whole batch: it falls the same on each image.
+    """
     if not options.crop and not options.flip:
         return images
     height, width = images.shape[-2:]
     planes = images.reshape(len(images), -1, height, width)
     if options.crop:
         planes = F.pad(planes, (options.crop,) * 4, mode="reflect" if options.padding == "reflect" else "constant")
-    top, left = torch.randint(0, 2 * options.crop + 1, (2, len(images), 1), generator=generator)
+    count = len(images) if batch is None else batch
+    top, left = torch.randint(0, 2 * options.crop + 1, (2, count, 1), generator=generator)[:, share]
     rows, columns = top + torch.arange(height), left + torch.arange(width)
     if options.flip:
-        mirrored = torch.rand(len(images), 1, generator=generator) < 0.5
+        mirrored = torch.rand(count, 1, generator=generator)[share] < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     rows, columns = rows.to(images.device), columns.to(images.device)
     each = torch.arange(len(images), device=images.device)
@@ -365,43 +435,3 @@ def _check_images(images: Tensor, labels: Tensor | None, options: TrainOptions) 
         raise ConvpareError(f"images are {tuple(images.shape)}; crops and flips need (n, c, ..., height, width).")
     if options.padding == "reflect" and options.crop and options.crop >= min(images.shape[-2:]):
         raise ConvpareError(f"{tuple(images.shape[-2:])} pixels cannot be padded by reflecting {options.crop} of them.")
-
-
-@contextmanager
-def _training_mode(model: nn.Module, options: TrainOptions) -> Iterator[None]:
-    """Put `model` in training mode, and give back modes and gradients, however the block ends."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    model.train()
-    for module in model.modules():
-        if options.norms == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for p, gradient in gradients:
-            p.grad = gradient
-
-
-@contextmanager
-def _channels_last(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """The memory format in which convolutions of pictures are fastest; given back as the usual one."""
-    if images.ndim != 4:
-        yield
-        return
-    formats = {p: p.stride() for p in model.parameters() if p.ndim == 4}
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, stride in formats.items():
-                p.data = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(p)
-
-
-@contextmanager
-def _own_generators(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

@@ -16,6 +16,7 @@ from convpare.errors import ConvpareError
 from convpare.recovery.checkpoint import read_checkpoint
 from convpare.recovery.objectives import CrossEntropy, Imitation
 from convpare.recovery.outputs import outputs, relative_error
+from convpare.recovery.processes import current
 from convpare.recovery.training import EpochRecord, TrainOptions, augmented, train_
 from convpare.redundancy.taps import suited
 
@@ -136,9 +137,13 @@ def tune(
         checkpoint: see `train_`; there training goes on, too.
         on_step: called with (steps done, of how many).
 
+    Where several processes were launched, each calls this; the main one's weights and choices hold (see `train_`).
+    Launched processes train on the device that they were given, such as a GPU each; the result is where `small` is.
+
     Raises:
         ConvpareError: there are too few images or no labels, the images do not suit the networks, or as `train_`.
     """
+    processes = current()
     images, known = _training_images(data, options.images, seed)
     if labels and known is None:
         raise ConvpareError("fine-tuning needs labelled images; distill needs none")
@@ -146,11 +151,15 @@ def tune(
     images = suited(images, teacher)
     held, images = images[:aside], images[aside:]
     wanted = known[aside:] if labels and known is not None else None
+    home = next((p.device for p in small.parameters()), images.device)
+    place = processes.device or home
+    held, teacher, student = held.to(place), copy.deepcopy(teacher).to(place), copy.deepcopy(small).to(place)
     if images.ndim == 4:
-        teacher = copy.deepcopy(teacher).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    training = replace(options.over(options.training or suitable(teacher, images)), seed=seed)
+        teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    processes.follow_(teacher)
+    shown = images[:SHOWN].to(place)
+    training = processes.once(lambda: replace(options.over(options.training or suitable(teacher, shown)), seed=seed))
     objective = Imitation.of(teacher, images, None if wanted is None else CrossEntropy(int(wanted.max()) + 1))
-    student = copy.deepcopy(small)
     training, count = _within(student, images, wanted, training, objective, options, checkpoint)
     images, wanted = images[:count], None if wanted is None else wanted[:count]
     reference = outputs(teacher, held)
@@ -160,7 +169,7 @@ def tune(
     )  # fmt: skip
     seconds = sum(record.seconds for record in history)
     after = relative_error(outputs(student, held), reference)
-    return Tuned(student, history, training, len(images), wanted is not None, (before, after), seconds)
+    return Tuned(student.to(home), history, training, len(images), wanted is not None, (before, after), seconds)
 
 
 def suitable(teacher: nn.Module, images: Tensor) -> TrainOptions:
@@ -204,12 +213,19 @@ def _within(
     """The options with a number of epochs, and how many images they are of; those of the checkpoint, if it is there."""
     if options.minutes is None:
         return replace(training, epochs=options.epochs or training.epochs), len(images)
-    if checkpoint is not None and checkpoint.exists():
+    processes = current()
+
+    def stored() -> tuple[TrainOptions, int] | None:
+        if checkpoint is None or not checkpoint.exists():
+            return None
         _, about = read_checkpoint(checkpoint)
         try:
             return replace(training, epochs=about["options"]["epochs"]), int(about["images"][0])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ConvpareError(f"the checkpoint {checkpoint} is damaged; delete it to start anew.") from error
+
+    if (known := processes.once(stored)) is not None:
+        return known
     some = images[: training.batch_size * (1 + PROBED)]
     passes = 1 if len(some) > training.batch_size else 2  # two steps at least
     stamps: list[float] = []
@@ -218,7 +234,7 @@ def _within(
         objective=objective, on_step=lambda *_: stamps.append(time.perf_counter()),
     )  # fmt: skip
     each = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
-    affordable = max(1, int(60 * options.minutes / each))
+    affordable = max(1, int(60 * options.minutes / processes.once(lambda: each)))
     epochs = max(1, affordable // math.ceil(len(images) / training.batch_size))
     return replace(training, epochs=epochs), min(len(images), affordable * training.batch_size)
 
