@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.convpare-ready
 
-.PHONY: demo test lint setup results zoo peers truncation kr-ablation fuzz lock clean
+.PHONY: demo test lint docs setup results zoo peers truncation kr-ablation fuzz lock clean
 
 demo: $(STAMP)
 	$(BIN)/convpare demo
@@ -17,13 +17,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
+# The site, in build/site; a warning is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 setup: $(STAMP)
 
 $(STAMP): constraints.txt requirements-nodeps.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,report,onnx,demo,train,dev]' pyyaml huggingface_hub
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,report,onnx,demo,train,docs,dev]' pyyaml huggingface_hub
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-nodeps.txt
 	touch $@
 
