@@ -734,7 +734,9 @@ def failures(name: str, record: Record) -> list[list[str]]:
         entry = record.get(part, {})
         rows += [[name, part, phase, reason] for phase, reason in entry.get("failed", {}).items()]
         if entry.get("exact") is False:
-            rows.append([name, part, "check", f"relative error {entry['error']}"])
+            known = entry.get("rounding")
+            why = "" if known is None else f"; the last bits of the weights alone change the outputs by {known}"
+            rows.append([name, part, "check", f"relative error {entry['error']}{why}"])
         if entry.get("as_planned") is False:
             rows.append([name, part, "count", "not the cost that was planned"])
     return rows
