@@ -12,14 +12,12 @@ two files is ever deleted. Symbolic links are followed.
 """
 
 import contextlib
-import ctypes
 import glob
 import hashlib
 import json
 import math
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +40,7 @@ from convpare.graph.mending import numbers, set_numbers
 from convpare.graph.merging import merge_
 from convpare.graph.sync import BATCH_NORMS, sync_attributes
 from convpare.planning.plan import Plan
+from convpare.replacing import exchange as _exchange
 from convpare.zoo import is_builtin, load_model
 
 SCHEMA = 1
@@ -578,15 +577,6 @@ def _temporary_sibling(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two folders in one step; False where this cannot be done."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    if renameat2 is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 
 def _move_in(new: Path, target: Path) -> None:
