@@ -135,6 +135,7 @@ class Data:
         skipped: files that are no images, each with the reason.
         note: how the splits were made, one sentence.
         whole: all images, where test images were held out of a labelled set without a split of its own.
+        class_names: by index, where the images have such; empty where an index has no name.
 
     Raises:
         ConvpareError: on construction, if the images of the two splits differ in size.
@@ -148,6 +149,7 @@ class Data:
     skipped: tuple[str, ...]
     note: str
     whole: ImageSet | None = None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def evaluation(self) -> ImageSet:
@@ -170,7 +172,7 @@ class Data:
         train = self.train if self.whole is None else replace(self.whole, name="train")
         note = f"calibration: all of {self.spec}; test: {other.spec}"
         return replace(self, train=train, test=other.evaluation, whole=None, note=note, num_classes=other.num_classes,
-                       skipped=(*self.skipped, *other.skipped))  # fmt: skip
+                       class_names=other.class_names, skipped=(*self.skipped, *other.skipped))  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.test is not None and self.test.shape != self.train.shape:
@@ -229,7 +231,9 @@ def load_data(
     train = ImageSet("train", splits.train, preprocessing, splits.num_classes)
     test = None if splits.test is None else ImageSet("test", splits.test, preprocessing, splits.num_classes)
     whole = None if splits.everything is None else ImageSet("all", splits.everything, preprocessing, splits.num_classes)
-    return Data(spec, preprocessing, train, test, splits.num_classes, splits.skipped, splits.note, whole)
+    return Data(
+        spec, preprocessing, train, test, splits.num_classes, splits.skipped, splits.note, whole, splits.class_names
+    )  # fmt: skip
 
 
 def _read(spec: str, classes: str | Path | None) -> Splits:

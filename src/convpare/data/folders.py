@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -42,7 +43,7 @@ def load_folder(root: Path, classes: str | Path | None = None) -> Splits:
     everything = _read_split(root, index, skipped)
     if everything.labels is None or num_classes is None:
         return Splits(everything, None, None, "no labels: all images are for calibration", tuple(skipped))
-    return hold_out(everything, num_classes, skipped=tuple(skipped))
+    return _named(hold_out(everything, num_classes, skipped=tuple(skipped)), index)
 
 
 def _load_given_splits(root: Path, names: set[str], classes: str | Path | None, skipped: list[str]) -> Splits:
@@ -58,14 +59,21 @@ def _load_given_splits(root: Path, names: set[str], classes: str | Path | None, 
         train = _read_split(root / "train", index, skipped)
         if train.labels is None or num_classes is None:
             return Splits(train, None, None, "no labels: the images of train/ are for calibration", tuple(skipped))
-        return hold_out(train, num_classes, "only train/ has class folders; ", tuple(skipped))
+        return _named(hold_out(train, num_classes, "only train/ has class folders; ", tuple(skipped)), index)
     if index is None:
         index, num_classes = _class_index(root / test_name, classes)
         train = _read_split(root / "train", None, skipped)
     else:
         train = _read_split(root / "train", index, skipped)
     test = _read_split(root / test_name, index, skipped)
-    return Splits(train, test, num_classes, f"the splits are the folder's own: train/ and {test_name}/", tuple(skipped))
+    note = f"the splits are the folder's own: train/ and {test_name}/"
+    return _named(Splits(train, test, num_classes, note, tuple(skipped)), index)
+
+
+def _named(splits: Splits, index: dict[str, int] | None) -> Splits:
+    """The same images with the names of their classes."""
+    names = {number: name for name, number in (index or {}).items()}
+    return replace(splits, class_names=tuple(names.get(n, "") for n in range(splits.num_classes or 0)) or None)
 
 
 def _read_split(folder: Path, index: dict[str, int] | None, skipped: list[str]) -> Split:

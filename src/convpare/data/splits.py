@@ -113,6 +113,7 @@ class Splits:
     everything: Split | None = (
         None  # all images, where the test images were held out of a set that has no split of its own
     )
+    class_names: tuple[str, ...] | None = None  # by index; empty where an index has no name
 
     def __post_init__(self) -> None:
         for name, split in (("training", self.train), ("test", self.test)):
