@@ -265,7 +265,7 @@ WRONG_OPTIONS = {
     "inspect": "MODEL requires an argument",
     "inspect convpare:digits --frob": "Unknown option: --frob",
     "inspect convpare:digits extra": "extra",
-    "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, recover, evaluate, bench, truncate",
+    "explain convpare:digits": "Unknown command .*: inspect, compress, plan, apply, recover, evaluate, export, bench",
     "compress convpare:digits --data digits --macs 0.5": "--output requires an argument",
     f"{COMPRESS}": "how much shall go.*--macs, --params, --memory or --latency",
     f"{COMPRESS} --macs 0": r"macs budget is 0\.0; expected a fraction .* above 0 and at most 1",
@@ -326,6 +326,16 @@ WRONG_OPTIONS = {
     f"apply {DIGITS} plan.json -o new": "recovery needs images: give --data, or --recover none",
     f"apply {DIGITS} plan.json --recover none -o new": "no plan at plan.json",
     f"apply {DIGITS} file --recover none -o new": "file is not a plan: it cannot be read as JSON",
+    "export": "MODEL requires an argument",
+    f"export {DIGITS}": "what shall be written.*--onnx F.onnx, --pt2 F.pt2 and --torch FOLDER",
+    f"export {DIGITS} --onnx a.onnx --pt2 a.pt2": "what shall be written.*Give one of",
+    f"export {DIGITS} --onnx a.onnx --torch a": "what shall be written.*Give one of",
+    f"export {DIGITS} --pt2 a.pt2 --int8 --data digits": "int8 is a second ONNX file; give it with onnx",
+    f"export {DIGITS} --int8 --data digits": "what shall be written",
+    f"export {DIGITS} --onnx a.onnx --int8": "--int8 takes the ranges of activations from images: give --data",
+    f"export {DIGITS} --onnx a.onnx --tolerance 0": r"tolerance is 0\.0; expected a number above 0",
+    f"export {DIGITS} --onnx a.onnx --tolerance x": '"x" into float',
+    f"export {DIGITS} --onnx a.onnx --limit 3": "--limit is about images; say with --data which ones",
     "bench": "bench times networks: give MODEL",
     "bench convpare:digits --runtimes tensorrt": "no runtime 'tensorrt'; choose one of eager, compile, onnxruntime",
     "bench convpare:digits --batches 0": "--batches is '0'; expected whole numbers above 0",
@@ -430,6 +440,18 @@ WRONG_PLACES = {
     f"{COMPRESS} --macs 0.5 --json /dev/null": "no ordinary file",
     "inspect convpare:digits --json file/x.json": "no folder file",
     "evaluate convpare:digits --data digits --json nowhere/x.json": "no folder nowhere",
+    f"export {DIGITS} --onnx nowhere/a.onnx": "--onnx is nowhere/a.onnx, but there is no folder nowhere",
+    f"export {DIGITS} --onnx thesis": "--onnx is thesis, a folder; give the name of a file",
+    f"export {DIGITS} --onnx digits.safetensors": "which is there and holds something else",
+    f"export {DIGITS} --pt2 nowhere/a.pt2": "there is no folder nowhere",
+    f"export {DIGITS} --pt2 a.onnx": "--pt2 is a.onnx; expected a name that ends in .pt2",
+    f"export {DIGITS} --pt2 file": "--pt2 is file; expected a name that ends in .pt2",
+    f"export {DIGITS} --torch thesis": "thesis holds 'thesis.tex', which would be lost",
+    f"export {DIGITS} --torch file": "file is a file; give the name of a folder",
+    f"export {DIGITS} --torch nowhere/a": "there is no folder nowhere",
+    f"export {DIGITS} --onnx a.onnx --json nowhere/x.json": "there is no folder nowhere",
+    f"export {DIGITS} --onnx a.json --json a.json": "--json is a.json, which is what --onnx writes",
+    f"export {DIGITS} --torch new --json new/x.json": "inside",
 }  # fmt: skip
 
 
@@ -1238,3 +1260,67 @@ def test_experiments_that_cannot_be(run: Run, line: str, message: str):
     result = run(line)
     assert result.code == 1
     assert message in " ".join(result.err.split())
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def test_export_of_an_artifact(run: Run, made: Path, place: Path):
+    """A row for each file with its accuracy, and figures that are those of the files."""
+    before = tree(made)
+    line = "export made --data digits --limit 100"
+    result = run(f"{line} --onnx made.onnx --int8 --json export.json")
+    assert result.code == 0, result.err
+    found = json.loads((place / "export.json").read_text())
+    float32, int8 = found["files"]
+    assert float32["size"] == (place / "made.onnx").stat().st_size > (place / "made.int8.onnx").stat().st_size
+    assert float32["difference"] < 1e-4 and float32["top1"] == found["top1"] and found["test_images"] == 100
+    assert (float32["kind"], int8["kind"], float32["images"]) == ("onnx", "int8", 64)
+    rows = [text.split() for text in result.out.splitlines()]
+    assert rows[0] == "file bytes made by largest difference images top-1 %".split()
+    assert ["made.onnx", f"{float32['size']:,}", "torch.export"] == rows[3][:3]
+    assert ["made.int8.onnx", f"{int8['size']:,}", "onnxruntime,", "QDQ"] == rows[4][:4]
+    assert "in batches of 1 and 9; opset 18" in result.out
+    assert f"the same class as in float on {int8['agreement']:.2f} % of 256 images" in result.out.replace("\n", " ")
+    assert "accuracy: of 100 test images, each file in its own runtime" in result.out
+    result = run("export made --torch made-torch")
+    assert result.code == 0, result.err
+    assert "in batches of 1 and 9 of noise, for want of --data" in result.out and "top-1" not in result.out
+    assert sorted(path.name for path in (place / "made-torch").iterdir()) == ["model.py", "weights.pt"]
+    again = run("export made --torch made-torch")  # over the earlier one
+    assert again.code == 0 and again.out == result.out
+    assert tree(made) == before
+    assert "made/x.onnx, inside an artifact" in run("export made --onnx made/x.onnx").err
+    assert "made/x, inside an artifact" in run("export made --torch made/x").err
+
+
+def test_the_names_of_classes_travel(run: Run, place: Path):
+    """From class folders into the artifact, and from there, or from the images, into what is exported."""
+    arguments = "--input 1,3,40,40 --data classes --mean 0,0,0 --std 1,1,1"
+    line = "compress convpare:vanilla4 --num-classes 2 --macs 0.9 --criterion l2 --recover none -o named"
+    result = run(f"{line} {arguments}")
+    assert result.code == 0, result.err
+    assert load_artifact(place / "named").figures["labels"] == ["cat", "dog"]
+    assert run("export named --torch named-torch").code == 0
+    assert '"labels": ["cat", "dog"],' in (place / "named-torch" / "model.py").read_text()
+    result = run(f"export convpare:vanilla4 --torch other-torch --num-classes 5 {arguments} --limit 3")
+    assert "warning: the names of classes are left out: there are 2 labels for outputs of (5,)" in result.err
+    assert "labels" not in (place / "other-torch" / "model.py").read_text()
+
+
+def test_a_failed_export_leaves_nothing(run: Run, place: Path):
+    before = tree(place)
+    for line, message in (
+        ("export net.py:Branch --input 1,1,8,8 --onnx a.onnx", "Branch was not exported to ONNX, nothing was written"),
+        ("export net.py:Branch --input 1,1,8,8 --torch a", "cannot capture it"),
+        ("export net.py:Branch --input 1,1,8,8 --pt2 a.pt2", "Branch was not exported"),
+        ("export nothing --onnx a.onnx", "of no known form"),
+        ("export empty --onnx a.onnx", "there is no file .*empty/plan.json"),
+        (f"export {DIGITS} --onnx a.onnx --data nowhere", "data 'nowhere' does not exist"),
+        (f"export {DIGITS} --onnx a.onnx --tolerance 1e-12", "differ from torch's by .*tolerance 1e-12"),
+    ):
+        result = run(line)
+        assert (result.code, result.out) == (1, "")
+        assert re.search(message, result.err), result.err
+        assert "Traceback" not in result.err
+        assert tree(place) == before

@@ -39,6 +39,8 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     if page == "README.md":
         assert names["plan"].achieved["macs"] <= 0.5  # type: ignore[attr-defined]
         assert (tmp_path / "smaller" / "model.safetensors").is_file()
+    if page == "docs/export.md":
+        assert {path.name for path in tmp_path.iterdir()} == {"small", "small.onnx", "small.int8.onnx", "small.pt2"}
     if page == "docs/criteria.md":
         assert "first-channels" in registry._CRITERIA
 

@@ -8,6 +8,7 @@ from convpare.compress import Compression, CompressOptions, compress
 from convpare.data import load_data
 from convpare.errors import ConvpareError
 from convpare.evaluation import evaluate
+from convpare.export import export_int8, export_onnx, export_pt2, export_torch
 from convpare.graph import Graph, trace
 from convpare.planning.cost import count
 from convpare.planning.plan import Plan, load_plan
@@ -19,6 +20,6 @@ from convpare.zoo import load_model
 
 __all__ = [
     "Budget", "CompressOptions", "Compression", "ConvpareError", "Graph", "Plan", "PlanOptions", "Planner",
-    "RecoverOptions", "apply", "compress", "count", "evaluate", "load", "load_artifact", "load_data", "load_model",
-    "load_plan", "plan", "recover", "save", "trace",
+    "RecoverOptions", "apply", "compress", "count", "evaluate", "export_int8", "export_onnx", "export_pt2",
+    "export_torch", "load", "load_artifact", "load_data", "load_model", "load_plan", "plan", "recover", "save", "trace",
 ]  # fmt: skip

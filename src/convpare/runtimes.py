@@ -1,12 +1,13 @@
 """What networks run in: torch as it is, torch.compile, onnxruntime."""
 
 import contextlib
+import io
 import logging
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def ready(runtime: str, model: nn.Module, inputs: Sequence[Tensor]) -> Run:
             expected = tensors_of(model(*inputs))
         except Exception as error:  # the model may be anybody's, and may raise anything
             shapes = ", ".join("×".join(map(str, x.shape)) for x in inputs)
-            raise ConvpareError(f"{type(model).__name__} does not run on {shapes}: {_first_line(error)}") from error
+            raise ConvpareError(f"{type(model).__name__} does not run on {shapes}: {first_line(error)}") from error
         run = {"eager": _eager, "compile": _compiled, "onnxruntime": _session}[runtime](model, tuple(inputs))
         _compare(runtime, expected, run())
     return run
@@ -84,7 +85,7 @@ def _compiled(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
     try:
         compiled(*inputs)
     except Exception as error:  # the compiler and the tools under it may raise anything
-        raise ConvpareError(f"torch.compile cannot take {type(model).__name__}: {_first_line(error)}") from error
+        raise ConvpareError(f"torch.compile cannot take {type(model).__name__}: {first_line(error)}") from error
     return lambda: tensors_of(compiled(*inputs))
 
 
@@ -99,20 +100,35 @@ def onnx_session(content: bytes, inputs: Sequence[Tensor], threads: int) -> Call
     Raises:
         ConvpareError: onnxruntime is missing, or cannot load it.
     """
-    onnxruntime: Any = import_extra("onnxruntime", "onnx")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own errors have no common class
-        raise ConvpareError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+    session = onnx_network(content, threads)
     fed = {known.name: x.detach().cpu().numpy() for known, x in zip(session.get_inputs(), inputs, strict=True)}
     return lambda: list(session.run(None, fed))
 
 
-def onnx_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
-    """The model as ONNX for inputs of these shapes, in evaluation mode.
+def onnx_network(content: bytes, threads: int, *, as_written: bool = False) -> Any:
+    """An `onnxruntime.InferenceSession` on the processor; `as_written`: without onnxruntime's own optimizations.
+
+    Raises:
+        ConvpareError: onnxruntime is missing, or cannot load it.
+    """
+    onnxruntime: Any = import_extra("onnxruntime", "onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what goes wrong is raised
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors have no common class
+        raise ConvpareError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+
+
+def onnx_of(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamo: bool = True, **options: Any) -> bytes:
+    """The model as ONNX, in evaluation mode, for inputs of these shapes unless `options` say otherwise.
+
+    Args:
+        dynamo: by the exporter that is built on `torch.export`; else by the older one, on TorchScript.
+        options: of `torch.onnx.export`.
 
     Raises:
         ConvpareError: onnx or onnxscript is missing, or the exporter cannot take the model.
@@ -124,13 +140,16 @@ def onnx_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         with warnings.catch_warnings(), eval_mode(model):
             warnings.simplefilter("ignore")
-            program: Any = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
-        content: bytes = program.model_proto.SerializeToString()
+            if dynamo:
+                program: Any = torch.onnx.export(model, inputs, dynamo=True, verbose=False, **options)
+                return bytes(program.model_proto.SerializeToString())
+            file = io.BytesIO()
+            torch.onnx.export(model, inputs, cast(Any, file), dynamo=False, **options)
+            return file.getvalue()
     except Exception as error:  # the exporter may raise anything
-        raise ConvpareError(f"{type(model).__name__} cannot be exported to ONNX: {_first_line(error)}") from error
+        raise ConvpareError(f"{type(model).__name__} cannot be exported to ONNX: {first_line(error)}") from error
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
-    return content
 
 
 def _compare(runtime: str, expected: Sequence[Tensor], got: Sequence[Tensor]) -> None:
@@ -144,5 +163,6 @@ def _compare(runtime: str, expected: Sequence[Tensor], got: Sequence[Tensor]) ->
             raise ConvpareError(f"{runtime} gives other outputs than torch: they differ by {error:.3g} of {scale:.3g}")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, for a message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"

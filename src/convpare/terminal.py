@@ -23,6 +23,7 @@ from torch import Tensor
 
 from convpare.bench import Bench
 from convpare.compress import Compression, Stage
+from convpare.export import Export
 from convpare.inspection import SIMILAR, Inspection
 from convpare.measurement import Measured
 from convpare.planning.cost import Cost
@@ -52,6 +53,7 @@ _NAMES = frozenset(
         "read by",
         "because of",
         "after it",
+        "file",
     }
 )  # give way
 
@@ -400,6 +402,35 @@ def show_bench(found: Bench) -> None:
         show("speed-up over the first, round by round; share: of the ratio of the MACs")
     on = found.machine
     show(f"{on['processor']}, torch {on['torch']}, in turn, {min(s.rounds for s in found.settings)} rounds or more")
+
+
+def show_export(found: Export) -> None:
+    """A row for each file, below one for the network where its accuracy is known."""
+    known = found.top1[0] is not None
+    table = _table("file", "bytes", "made by", "largest difference", "images", *(["top-1 %"] if known else []))
+    if known:
+        table.add_row(escape(found.model), "", "torch", "", "", _percent(found.top1[0]))
+    for file, top1 in zip(found.files, found.top1[1:], strict=True):
+        row = [escape(str(file.path)), f"{file.size:,}", file.exporter, f"{file.difference:.2g}", f"{file.images:,}"]
+        table.add_row(*row, *([_percent(top1)] if known else []))
+    _show_table(table)
+    first, *others = found.files
+    opset = "" if first.opset is None else f"; opset {first.opset}"
+    noise = " of noise, for want of --data" if first.noise else ""
+    sizes = " and ".join(map(str, first.batches[:2]))
+    show(
+        f"largest difference: from torch's outputs, as a share of the largest one, in batches of {sizes}{noise}{opset}"
+    )
+    for reason in first.tried:
+        show(f"tried before: {reason}")
+    for file in others:
+        agreed = "" if file.agreement is None else f"; the same class as in float on {file.agreement:.2f} %"
+        show(
+            f"int8: {file.size / first.size:.3f} of the bytes; its outputs differ from those in float by "
+            f"{file.error:.3g} of their norm{agreed} of {file.images:,} images"
+        )
+    if known:
+        show(f"accuracy: of {found.test_images:,} test images, each file in its own runtime")
 
 
 def _show_plan(plan: Plan, savings: Sequence[Cost]) -> None:

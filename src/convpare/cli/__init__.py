@@ -32,6 +32,7 @@ from convpare.cli.arguments import (
     Count,
     CountOrNone,
     DataArguments,
+    ExportArguments,
     FormArgument,
     Gallery,
     JsonFile,
@@ -53,12 +54,13 @@ from convpare.cli.arguments import (
     TruncationArguments,
 )
 from convpare.cli.files import check_gallery, check_json, check_output, check_plot, write_json
-from convpare.cli.models import Opened, artifact_of, example_of, open_data, open_model, open_to_time
+from convpare.cli.models import Opened, about, artifact_of, example_of, open_data, open_model, open_to_time
 from convpare.cli.together import together
 from convpare.compress import Compression, CompressOptions, carry_through, compress
 from convpare.data import Data, load_data
 from convpare.errors import ConvpareError
 from convpare.evaluation import evaluate
+from convpare.export import CheckOptions, export
 from convpare.importance import get_criterion
 from convpare.inspection import inspect, write_gallery
 from convpare.measurement import Measured, measured
@@ -299,7 +301,33 @@ def evaluate_command(
     terminal.show(str(found))
 
 
-@app.command(name="bench", sort_key=7)
+@app.command(name="export", sort_key=7)
+def export_command(
+    model: ModelName,
+    /,
+    *,
+    result: ExportArguments = ExportArguments(),
+    which: TracedModelArguments = TracedModelArguments(),
+    data: TestedDataArguments = TestedDataArguments(),
+) -> None:
+    """Write a network for use without convpare: as ONNX, as .pt2 or as plain PyTorch, compared before it is kept."""
+    result.check(data.data)
+    data.check()
+    shape, options = which.shape, CheckOptions(result.tolerance)
+    with terminal.progress() as tell:
+        opened = open_model(model, which, tell)
+        images = open_data(data, opened, tell, data.test)
+        example = example_of(shape, opened, images)
+        known = about(opened, images, example)
+        made = export(
+            opened.module, example, result.destination, images, about=known, options=options, limit=data.limit,
+            on_progress=tell,
+        )  # fmt: skip
+    write_json(result.json_file, made.to_json())
+    terminal.show_export(made)
+
+
+@app.command(name="bench", sort_key=8)
 def bench_command(
     *models: ModelName,
     which: TracedModelArguments = TracedModelArguments(),
@@ -326,7 +354,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     ]
 
 
-@app.command(name="truncate", sort_key=8)
+@app.command(name="truncate", sort_key=9)
 def truncate_command(
     model: ModelName,
     /,
@@ -355,7 +383,7 @@ def truncate_command(
     terminal.show_truncation(found)
 
 
-@app.command(name="theory", sort_key=9)
+@app.command(name="theory", sort_key=10)
 def theory_command(
     *,
     repetitions: Annotated[int, Parameter(validator=Number(gte=2), help="data sets for every point")] = 8,
@@ -375,7 +403,7 @@ def theory_command(
     terminal.show(str(found))
 
 
-@app.command(sort_key=10)
+@app.command(sort_key=11)
 def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo/digits")) -> None:
     """The whole job in a minute: train a small network on digits, halve its MACs, recover, save, load back.
 
@@ -408,7 +436,10 @@ def _measure_and_save(
     figures = measured(opened.module, done, example)
     tell("saving", 0, 1)
     preprocessing = data.preprocessing if data else opened.preprocessing
-    save(done.model, output, plan=done.plan, spec=opened.spec, preprocessing=preprocessing, figures=figures.to_json())
+    kept = figures.to_json()
+    if data is not None and data.class_names is not None:
+        kept["labels"] = list(data.class_names)
+    save(done.model, output, plan=done.plan, spec=opened.spec, preprocessing=preprocessing, figures=kept)
     return figures
 
 

@@ -9,8 +9,9 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from convpare.bench import BenchOptions
-from convpare.cli.files import check_json, check_output, check_plot
+from convpare.cli.files import check_destination, check_json, check_output, check_plot
 from convpare.errors import ConvpareError
+from convpare.export import TOLERANCE, Destination
 from convpare.graph.structure import Form
 from convpare.importance import criteria, get_criterion
 from convpare.planning.layer_times import Target
@@ -248,6 +249,48 @@ class PlanResultArguments:
         check_json(self.json_file)
         check_json(self.output, option="--output")
         check_plot(self.plot)
+
+
+@Parameter(name="*", group=RESULT)
+@dataclass(frozen=True)
+class ExportArguments:
+    """What is written: one of the three.
+
+    Attributes:
+        onnx: write an ONNX file of this name
+        pt2: write a torch.export program to a file of this name, which ends in .pt2
+        torch: write a folder of this name: generated code in plain PyTorch, and its weights
+        int8: with --onnx and --data: a second file beside it in 8-bit integers, NAME.int8.onnx
+        tolerance: the largest difference from torch's outputs, as a share of the largest output
+        json_file: write everything that was measured to this file, as JSON
+    """
+
+    onnx: Path | None = None
+    pt2: Path | None = None
+    torch: Path | None = None
+    int8: Annotated[bool, Parameter(negative="", show_default=False)] = False
+    tolerance: float = TOLERANCE
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None
+
+    @property
+    def destination(self) -> Destination:
+        """The one that was given. Raises ConvpareError where it is none or more."""
+        known = {"onnx": self.onnx, "pt2": self.pt2, "torch": self.torch}
+        given = [Destination(kind, path, self.int8) for kind, path in known.items() if path is not None]
+        if len(given) != 1:
+            raise ConvpareError("what shall be written? Give one of --onnx F.onnx, --pt2 F.pt2 and --torch FOLDER")
+        return given[0]
+
+    def check(self, data: str | None) -> None:
+        """Refuse what does not go together, and find out before long work whether the files can be written."""
+        destination = self.destination
+        if self.int8 and data is None:
+            raise ConvpareError("--int8 takes the ranges of activations from images: give --data")
+        check_destination(destination)
+        check_json(self.json_file, destination.path if destination.kind == "torch" else None)
+        written = {path.absolute() for path in (destination.path, destination.int8_path)}
+        if self.json_file is not None and self.json_file.absolute() in written:
+            raise ConvpareError(f"--json is {self.json_file}, which is what --{destination.kind} writes; take another")
 
 
 @Parameter(name="*", group=METHOD)

@@ -8,16 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from convpare.artifact import check_target, is_artifact
+from convpare import artifact
+from convpare.artifact import is_artifact
 from convpare.errors import ConvpareError
+from convpare.export import Destination
+from convpare.export.folder import FILES
 from convpare.optional import import_extra
+from convpare.replacing import check_folder
 from convpare.report import DOCTYPE
+
+OPENINGS = {"onnx": b"\x08", "pt2": b"PK"}
+"""The first bytes of files that an export may replace: a protobuf's first field, and a zip archive."""
 
 
 def check_output(output: Path) -> None:
     if not output.name and str(output) in ("", "."):
         raise ConvpareError("-o names the current folder; an artifact is a folder of its own, such as -o smaller")
-    check_target(output)
+    artifact.check_target(output)
 
 
 def check_json(path: Path | None, output: Path | None = None, option: str = "--json") -> None:
@@ -45,6 +52,23 @@ def check_gallery(folder: Path | None, data: str | None) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConvpareError(f"--gallery is {folder}, which is no folder that can be made: {error}") from error
+
+
+def check_destination(destination: Destination) -> None:
+    """The same of what an export writes, and whether it can be made at all."""
+    name, path = f"--{destination.kind}", destination.path
+    if destination.kind == "torch":
+        if is_artifact(Path(os.path.realpath(path)).parent):
+            raise ConvpareError(f"{name} is {path}, inside an artifact, which holds nothing else; choose another place")
+        check_folder(path, FILES)
+        return
+    if destination.kind == "onnx":
+        for module in ("onnx", "onnxscript", "onnxruntime"):
+            import_extra(module, "onnx")
+    if destination.kind == "pt2" and path.suffix != ".pt2":
+        raise ConvpareError(f"{name} is {path}; expected a name that ends in .pt2, by which torch knows such files")
+    for place in (path, destination.int8_path) if destination.int8 else (path,):
+        _check_file(place, name, OPENINGS[destination.kind])
 
 
 def _check_file(path: Path | None, option: str, opening: bytes, output: Path | None = None) -> None:

@@ -15,7 +15,10 @@ from convpare.artifact import Artifact, is_artifact, load_artifact
 from convpare.cli.arguments import DataArguments, ModelArguments, numbers, option
 from convpare.data import Data, Preprocessing, load_data
 from convpare.errors import ConvpareError
+from convpare.export import About, CheckOptions
+from convpare.export.check import prepared
 from convpare.modes import eval_mode
+from convpare.planning.plan import Plan
 from convpare.zoo import is_builtin, load_model
 
 FAR = 4.0  # times as many pixels
@@ -31,6 +34,8 @@ class Opened:
     input_shape: tuple[int, ...] | None
     preprocessing: Preprocessing | None
     random: bool  # whether its weights are untrained
+    plan: Plan | None = None  # of an artifact: how it was made smaller
+    labels: tuple[str, ...] | None = None  # of an artifact: the names of its outputs
 
 
 def open_model(model: str, which: ModelArguments, tell: terminal.Tell) -> Opened:
@@ -66,7 +71,11 @@ def _open_artifact(folder: str, which: ModelArguments) -> Opened:
             )
     found = artifact_of(folder, which)
     shape = found.plan.inputs[0] if found.plan else None
-    return Opened(folder, found.module, which.model or found.spec, shape, found.preprocessing, random=False)
+    labels = found.figures.get("labels")
+    named = tuple(map(str, labels)) if isinstance(labels, list) else None
+    return Opened(
+        folder, found.module, which.model or found.spec, shape, found.preprocessing, False, found.plan, named
+    )  # fmt: skip
 
 
 def artifact_of(folder: str, which: ModelArguments) -> Artifact:
@@ -169,6 +178,20 @@ def example_of(shape: tuple[int, ...] | None, opened: Opened, data: Data | None)
         raise ConvpareError(
             f"--input {','.join(map(str, shape))} does not fit into memory; give a smaller shape"
         ) from error
+
+
+def about(opened: Opened, data: Data | None, example: Tensor) -> About:
+    """What is known of the model beside its weights; of class names only such as there are outputs for."""
+    labels = opened.labels or (data.class_names if data else None)
+    known = About(labels, data.preprocessing if data else opened.preprocessing, opened.plan)
+    if labels is None:
+        return known
+    try:
+        known.check(prepared(opened.module, example, None, CheckOptions()).outputs[0])
+    except ConvpareError as error:
+        terminal.warn(f"the names of classes are left out: {error}")
+        return replace(known, labels=None)
+    return known
 
 
 def _like(module: nn.Module) -> Tensor:

@@ -53,7 +53,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> ExportedProgram:
 
 def capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
     """As `capture`, of a call with any arguments that `torch.export` knows."""
-    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _quiet_export():
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), quiet_export():
         try:
             program = torch.export.export(model, args, dict(kwargs), strict=False)
         except Exception as error:  # torch.export raises many types; each becomes one clear message
@@ -85,7 +85,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet_export() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """torch logs and prints the draft of a graph that fails before it raises; the exception says enough."""
     names = ("torch.export", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
     loggers = [logging.getLogger(name) for name in names]
