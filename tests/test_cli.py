@@ -285,7 +285,6 @@ WRONG_OPTIONS = {
     f"{COMPRESS} --macs 0.5 --methods x": "methods are .*'x'.*; expected prune, factorize, or both",
     f"{COMPRESS} --macs 0.5 --methods ,": "expected prune, factorize, or both",
     f"{COMPRESS} --macs 0.5 --methods factorize": "criterion qsfm-ssim .* take reconstruction or sensitivity",
-    f"{COMPRESS} --macs 0.5 --methods factorize --criterion reconstruction --form graph": "another form than graph",
     f"{COMPRESS} --macs 0.5 --methods factorize --rounds 2": "give no threshold and no rounds",
     f"{COMPRESS} --macs 0.5 --scope x": '"x" for --scope.*"inner"',
     f"{COMPRESS} --macs 0.5 --allocation x": '"x" for --allocation.*"uniform"',
