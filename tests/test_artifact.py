@@ -26,7 +26,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import convpare
 from convpare import artifact
 from convpare.apply import plan_of
-from convpare.artifact import is_artifact, load, load_artifact, save
+from convpare.artifact import is_artifact, load, load_artifact, read_record, save
 from convpare.blocks import ZeroPadShortcut, mobilenet_v1_025, resnet20
 from convpare.blocks.cifar import CifarResNet
 from convpare.blocks.digits import digits_net
@@ -137,6 +137,30 @@ def test_pruned_builtin_round_trip(tmp_path):
     assert_same(back.module, model)
     assert torch.equal(back.module(x), model(x))
     assert_same(load(folder, resnet20), model)
+
+
+def test_what_it_was_made_from(tmp_path, small_pruned, saved):
+    assert "origin" not in json.loads((saved / "plan.json").read_text())
+    assert load_artifact(saved, small).origin == read_record(saved).origin == {}
+    origin = {"commands": ["a b"], "network": {"layers": [1, None]}}
+    folder = save(small_pruned, tmp_path / "made", plan=PLAN, origin=origin)
+    assert load_artifact(folder, small).origin == origin
+    record = read_record(folder)
+    assert (record.origin, record.plan, record.version) == (origin, PLAN, convpare.__version__)
+    edit(folder, "origin", to=[])
+    with pytest.raises(ConvpareError, match="'origin' must be dict"):
+        read_record(folder)
+    with pytest.raises(ConvpareError, match="plain JSON values"):
+        save(small_pruned, tmp_path / "made", origin={"x": float("nan")})
+
+
+def test_a_record_is_read_without_its_weights(saved):
+    (saved / "model.safetensors").write_bytes(b"")
+    assert read_record(saved).plan == PLAN
+    (saved / "model.safetensors").unlink()
+    assert read_record(saved).figures == {"top1": 91.25}
+    with pytest.raises(ConvpareError, match="no file"):
+        read_record(saved.parent)
 
 
 def test_the_model_and_its_mode_are_left_alone(tmp_path, small_pruned):

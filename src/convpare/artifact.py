@@ -20,7 +20,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Artifact:
         spec: what the model was built from, see `convpare.zoo.load_model`.
         preprocessing: what its images go through.
         figures: whatever was measured, plain JSON values.
+        origin: what is known of the network that it was made from, and how; plain JSON values.
     """
 
     module: nn.Module
@@ -71,6 +72,7 @@ class Artifact:
     spec: str | None
     preprocessing: Preprocessing | None
     figures: Mapping[str, Any]
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -81,6 +83,7 @@ def save(
     spec: str | None = None,
     preprocessing: Preprocessing | None = None,
     figures: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a model as a folder, replacing an artifact or an empty folder of that name. Returns the folder's full path.
 
@@ -93,11 +96,12 @@ def save(
         spec: how to build the model that `plan` was applied to, so that a builtin one loads without a factory.
         preprocessing: what its images go through.
         figures: JSON values to keep with it, such as accuracies.
+        origin: JSON values that say what it was made from, and how.
 
     Raises:
         ConvpareError: the model holds something other than plain tensors, or numbers that contradict their shapes; the
-            figures are no JSON; `directory` is a file or holds anything else; or it cannot be written. In each case
-            whatever was there before is left as it was.
+            figures or the origin are no JSON; `directory` is a file or holds anything else; or it cannot be written. In
+            each case whatever was there before is left as it was.
     """
     with _reporting(f"the artifact {directory} cannot be written"):
         target = _resolved(directory)
@@ -107,6 +111,8 @@ def save(
     content["plan"] = None if plan is None else plan.to_json()
     content["preprocessing"] = None if preprocessing is None else preprocessing.to_json()
     content["figures"] = dict(figures or {})
+    if origin:
+        content["origin"] = dict(origin)
     record = _write_record(content)
     _read_record(f"the record of {target}", record)  # what is written can be read
     with _reporting(f"the artifact {target} cannot be written"):
@@ -152,7 +158,7 @@ def load_artifact(directory: str | Path, factory: Factory | None = None) -> Arti
     """
     with _reporting(f"the artifact {directory} cannot be read"):
         folder = _existing(_resolved(directory))
-        record = _read_record(str(folder / RECORD), _read(folder / RECORD, _RECORD_LIMIT + 1))
+        record = _record_in(folder)
         tensors = _read_weights(folder / WEIGHTS, record)
     module = _build(record, factory, str(directory))
     try:
@@ -166,7 +172,17 @@ def load_artifact(directory: str | Path, factory: Factory | None = None) -> Arti
         _check_shapes(module)
     except ConvpareError as error:
         raise ConvpareError(f"the artifact {directory} does not fit this {type(module).__name__}: {error}") from error
-    return Artifact(module.eval(), record.plan, record.spec, record.preprocessing, record.figures)
+    return Artifact(module.eval(), record.plan, record.spec, record.preprocessing, record.figures, record.origin)
+
+
+def read_record(directory: str | Path) -> "Record":
+    """What an artifact says of itself; no model is built, and the weights are not read.
+
+    Raises:
+        ConvpareError: there is no artifact, or its record is damaged or was written by a newer convpare.
+    """
+    with _reporting(f"the artifact {directory} cannot be read"):
+        return _record_in(_existing(_resolved(directory)))
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -229,7 +245,7 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _build(record: "_Record", factory: Factory | None, directory: str) -> nn.Module:
+def _build(record: "Record", factory: Factory | None, directory: str) -> nn.Module:
     if record.graph is not None:
         try:
             return portable.from_json(record.graph)
@@ -261,7 +277,7 @@ def _restructure(module: nn.Module, plan: Plan) -> None:
     skeleton_(module, plan.factorizations)
 
 
-def _set_all_numbers(module: nn.Module, record: "_Record") -> None:
+def _set_all_numbers(module: nn.Module, record: "Record") -> None:
     modules = dict(module.named_modules(remove_duplicate=False))
     for name, values in record.numbers.items():
         if name not in modules:
@@ -338,7 +354,7 @@ def _shapes_by_numbers(module: nn.Module) -> dict[str, tuple[float, ...]]:
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """The content of plan.json, checked."""
 
     spec: str | None
@@ -352,6 +368,12 @@ class _Record:
     plan: Plan | None
     preprocessing: Preprocessing | None
     figures: Mapping[str, Any]
+    origin: Mapping[str, Any]
+    version: str
+
+
+def _record_in(folder: Path) -> Record:
+    return _read_record(str(folder / RECORD), _read(folder / RECORD, _RECORD_LIMIT + 1))
 
 
 def _write_record(content: Mapping[str, Any]) -> bytes:
@@ -371,7 +393,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _read_record(path: str, data: bytes) -> _Record:
+def _read_record(path: str, data: bytes) -> Record:
     if len(data) > _RECORD_LIMIT:
         raise ConvpareError(f"{path} has more than {_RECORD_LIMIT:,} bytes, which no artifact needs; it is damaged.")
     try:
@@ -412,8 +434,7 @@ def _check_version(record: Mapping[str, Any]) -> None:
         raise ConvpareError(f"there is no schema {schema}; this convpare reads {SCHEMA}")
 
 
-def _checked(record: dict[str, Any]) -> _Record:
-    _get(record, "convpare", str)
+def _checked(record: dict[str, Any]) -> Record:
     model = _get(record, "model", dict)
     plan = _get(record, "plan", dict, None)
     preprocessing = _get(record, "preprocessing", dict, None)
@@ -423,7 +444,7 @@ def _checked(record: dict[str, Any]) -> _Record:
         if type(name) is not str or name not in tensors or alias in tensors:
             raise ConvpareError(f"{alias!r} must be another name of one of the tensors, not of {repr(name)[:60]}")
     found = _get(record, "numbers", dict)
-    return _Record(
+    return Record(
         spec=_get(model, "spec", str, None),
         kind=_get(model, "class", str),
         graph=_get(record, "graph", dict, None) if "graph" in record else None,
@@ -435,6 +456,8 @@ def _checked(record: dict[str, Any]) -> _Record:
         plan=None if plan is None else Plan.from_json(plan),
         preprocessing=None if preprocessing is None else Preprocessing.from_json(preprocessing),
         figures=_get(record, "figures", dict),
+        origin=_get(record, "origin", dict) if "origin" in record else {},
+        version=_get(record, "convpare", str),
     )
 
 
@@ -486,7 +509,7 @@ def _read(path: Path, limit: int) -> bytes:
         return file.read(min(limit, size))
 
 
-def _read_weights(path: Path, record: _Record) -> dict[str, Tensor]:
+def _read_weights(path: Path, record: Record) -> dict[str, Tensor]:
     size = _size(path)
     if size != record.size:
         raise _damaged(path, "size", size, record.size)
