@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,49 @@ _LABELS = {"ssim": "SSIM {:.3f}", "psnr": "PSNR {:.1f} dB", "correlation": "|r| 
 _SCALE = np.array([(38, 22, 78), (52, 76, 146), (34, 140, 150), (112, 196, 112), (250, 228, 70)], float)
 
 
+@dataclass(frozen=True, eq=False)
+class PairMaps:
+    """Two channels of a group on some images, as colours.
+
+    Attributes:
+        layer: where the maps are read.
+        low, high: the values of the darkest and the lightest colour, the same for both.
+        trios: for each image the input, the one map, the other: (height, width, 3) uint8.
+        flat: for each image whether the one map, and the other, is of one value.
+    """
+
+    layer: str
+    low: float
+    high: float
+    trios: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
+    flat: tuple[tuple[bool, bool], ...]
+
+
+def pair_maps(
+    model: nn.Module, graph: Graph, group_name: str, images: Tensor, pairs: Sequence[tuple[int, int, float]]
+) -> list[PairMaps]:
+    """The feature maps of pairs of channels on the first three images, one for each pair.
+
+    A pair has one colour scale, from the smallest to the largest value of its maps over the images shown, so that maps
+    can be compared. Maps are what the first layer that reads the group sees. Of a volume the middle slice is shown.
+
+    Raises:
+        ConvpareError: as `pairs_picture`, but nothing is written.
+    """
+    tap = taps_of(graph, graph.group(group_name), "activation")[0]
+    maps = _maps(model, graph, tap, images)
+    _check_pairs(pairs, group_name, maps.shape[1])
+    inputs = [_input(image) for image in images[: len(maps)].detach().cpu().double().numpy()]
+    found = []
+    for i, j, _ in pairs:
+        low, high = float(maps[:, [i, j]].min()), float(maps[:, [i, j]].max())
+        planes = [(_plane(of[i]), _plane(of[j])) for of in maps]
+        trios = [(x, colours(a, low, high), colours(b, low, high)) for x, (a, b) in zip(inputs, planes, strict=True)]
+        flat = [(bool(a.min() == a.max()), bool(b.min() == b.max())) for a, b in planes]
+        found.append(PairMaps(tap.layer, low, high, tuple(trios), tuple(flat)))
+    return found
+
+
 def pairs_picture(
     model: nn.Module,
     graph: Graph,
@@ -36,9 +80,8 @@ def pairs_picture(
 ) -> None:
     """Write a PNG of the feature maps of pairs of channels: for each image the input, the one map, the other.
 
-    A pair has one colour scale, from the smallest to the largest value of its maps over the images shown, so that maps
-    can be compared; a map of one value is marked as flat. Maps are what the first layer that reads the group sees.
-    Pixels are enlarged as they are. Of a volume the middle slice is shown, of a signal a strip.
+    The maps are those of `pair_maps`; a map of one value is marked as flat. Pixels are enlarged as they are. A signal
+    is shown as a strip.
 
     Args:
         images: (n, channels, *spatial), preprocessed; the first three are shown.
@@ -51,21 +94,18 @@ def pairs_picture(
     """
     if measure not in _LABELS:
         raise ConvpareError(f"no measure {measure!r}; choose one of {', '.join(_LABELS)}")
-    tap = taps_of(graph, graph.group(group_name), "activation")[0]
-    maps = _maps(model, graph, tap, images)
-    _check_pairs(pairs, group_name, maps.shape[1])
-    inputs = [_input(image) for image in images[: len(maps)].detach().cpu().double().numpy()]
+    found = pair_maps(model, graph, group_name, images, pairs)
     titles = [f"{group_name} · {i} ~ {j} · {_LABELS[measure].format(value)}" for i, j, value in pairs]
-    ranges = [(float(maps[:, [i, j]].min()), float(maps[:, [i, j]].max())) for i, j, _ in pairs]
-    notes = [f"maps at {tap.layer}, colours from {low:.3g} to {high:.3g}" for low, high in ranges]
-    picture = _Canvas(len(maps), list(zip(titles, notes, strict=True)))
-    for row, ((i, j, _), (low, high)) in enumerate(zip(pairs, ranges, strict=True)):
-        for number, image in enumerate(inputs):
-            picture.tile(row, 3 * number, image, "input")
-            for column, channel in ((3 * number + 1, i), (3 * number + 2, j)):
-                values = _plane(maps[number, channel])
-                flat = " (flat)" if values.min() == values.max() else ""
-                picture.tile(row, column, colours(values, low, high), f"{channel}{flat}")
+    notes = [f"maps at {pair.layer}, colours from {pair.low:.3g} to {pair.high:.3g}" for pair in found]
+    picture = _Canvas(len(found[0].trios), list(zip(titles, notes, strict=True)))
+    for row, (pair, (i, j, _)) in enumerate(zip(found, pairs, strict=True)):
+        for number, (trio, flat) in enumerate(zip(pair.trios, pair.flat, strict=True)):
+            captions = (
+                "input",
+                *(f"{c}{' (flat)' if is_flat else ''}" for c, is_flat in zip((i, j), flat, strict=True)),
+            )
+            for part, (pixels, caption) in enumerate(zip(trio, captions, strict=True)):
+                picture.tile(row, 3 * number + part, pixels, caption)
     picture.write(path)
 
 
