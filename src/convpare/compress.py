@@ -16,6 +16,7 @@ from convpare.graph.capture import Inputs
 from convpare.graph.check import SelfCheck
 from convpare.graph.structure import Form
 from convpare.jsonable import finite
+from convpare.notebook import html_table
 from convpare.planning.cost import Cost
 from convpare.planning.latency import timed_beside
 from convpare.planning.plan import Plan
@@ -69,6 +70,12 @@ class Compression:
     test_images: int
     tried: Mapping[str, float] = field(default_factory=dict)
     latency: tuple[float, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        known = [stage for stage in self.stages if stage.top1 is not None]
+        parts = [html_table(("stage", "top-1 %"), [(s.name, f"{s.top1:.2f}") for s in known])] if known else []
+        return "".join([*parts, self.plan._repr_html_(), self.check._repr_html_()])
 
     def to_json(self) -> dict[str, Any]:
         first, last = self.stages[0].top1, self.stages[-1].top1

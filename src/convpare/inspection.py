@@ -14,6 +14,7 @@ from convpare.graph.capture import CannotCapture, Inputs, as_args, capture
 from convpare.graph.probe import FOLLOWS_NOT
 from convpare.graph.structure import Form, Graph
 from convpare.graph.trace import trace
+from convpare.notebook import html_table
 from convpare.planning.cost import Count, count_graph, prunable_share
 from convpare.planning.planner import calibration_images
 from convpare.redundancy.activations import GroupActivations, measure_activations
@@ -85,6 +86,25 @@ class Inspection:
             "layers": [{**layer, **costs["layers"][layer["name"]], **self._kernel(layer["name"])} for layer in layers],  # type: ignore[index]
             "groups": [{**group, "activations": self._activations(group["name"])} for group in groups],
         }
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        shapes = " ".join("×".join(map(str, shape)) for shape in self.graph.inputs)
+        title = f"{self.graph.model} on {shapes}: {100 * self.prunable:.1f} % of the MACs hang on removable channels"
+        layers = [(x.name, x.kind, "×".join(map(str, self.graph.shapes[x.weight])), *self._costs(x.name))
+                  for x in self.graph.layers]  # fmt: skip
+        total = ("total", "", "", self.count.total.macs, self.count.total.params, f"{100 * self.factorizable:.0f} %")
+        columns = ("layer", "kind", "weight", "MACs", "parameters", "best chain saves")
+        measured = self.activations is not None
+        groups = [(g.name, g.channels, *([f"{100 * self.similar(g.name):.0f} %"] if measured else []))
+                  for g in self.graph.groups]  # fmt: skip
+        names = ("group", "channels", *(["similar"] if measured else []))
+        return html_table(columns, [*layers, total], title) + html_table(names, groups)
+
+    def _costs(self, layer: str) -> tuple[int, int, str]:
+        cost, kernel = self.count.layers[layer], self.kernels.get(layer)
+        saved = "" if kernel is None or kernel.cut is None else f"{100 * kernel.saved:.0f} % {kernel.cut}"
+        return cost.macs, cost.params, saved
 
     def similar(self, group: str) -> float:
         """The share of a group's channels that go when of every two with an SSIM of 0.9 or more one is dropped."""

@@ -18,6 +18,7 @@ from convpare.graph.structure import Call, Graph, Group
 from convpare.graph.surgery import removed, zeroed
 from convpare.graph.trace import trace
 from convpare.modes import eval_mode
+from convpare.notebook import html_text
 
 TOLERANCE = 1e-9
 NARROW_TOLERANCE = 1e-4  # of a captured graph against its module in float32
@@ -56,6 +57,10 @@ class SelfCheck:
         if self.narrow is not None:
             text += f"; the graph form and its module, not in float64: {self.narrow:.1e} ({NARROW_TOLERANCE:.0e})"
         return text
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return html_text(str(self))
 
     def to_json(self) -> dict[str, object]:
         return {

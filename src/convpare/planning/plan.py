@@ -15,6 +15,7 @@ from convpare.factorize.edit import Factorize
 from convpare.factorize.forms import get_form
 from convpare.graph.merging import Merge
 from convpare.graph.structure import FORMS, Form, Graph
+from convpare.notebook import html_table, html_text
 from convpare.planning.cost import Cost, chain_cost, layer_cost, planned_cost, total_cost
 from convpare.planning.memory import peak_memory
 
@@ -224,13 +225,35 @@ class Plan:
                 f"{self.requested['memory']:>11.4f}"
             )
         width = max([len(e.group) for e in self.edits] + [5])
-        rows += [f"{m.expansion} ({m.r} → {m.k}) is merged into {', '.join(m.consumers)}" for m in self.merges]
+        rows += [_merged(merge) for merge in self.merges]
         if self.edits:
             rows.append(f"{'group':<{width}} {'channels':>9} {'kept':>6}  removed")
         for edit in self.edits:
             rows.append(f"{edit.group:<{width}} {edit.channels:>9} {len(edit.keep):>6}  {_share(edit)}")
         rows += _table_of(self.factorizations)
         return "\n".join(rows)
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        form = "" if self.form == "module" else f", {self.form} form"
+        title = f"plan for {self.model} on {_shapes(self.inputs)}, criterion {self.criterion}{form}"
+        asked = {metric: f"{wanted:.4f}" for metric, wanted in self.requested.items()}
+        costs = [
+            (metric, getattr(self.before, metric), getattr(self.after, metric), f"{share:.4f}", asked.get(metric, ""))
+            for metric, share in self.achieved.items()
+        ]
+        parts = [html_table(("", "before", "after", "achieved", "requested"), costs, title)]
+        parts += [html_text(_merged(merge)) for merge in self.merges]
+        if self.edits:
+            rows = [(e.group, e.channels, len(e.keep), _share(e), _number(e.error)) for e in self.edits]
+            parts.append(html_table(("group", "channels", "kept", "removed", "adds error"), rows))
+        if self.factorizations:
+            chains = [
+                (e.layer, _shapes([e.shape]), e.form, ", ".join(map(str, e.ranks)), _number(e.error))
+                for e in self.factorizations
+            ]
+            parts.append(html_table(("layer", "weight", "becomes", "rank", "adds error"), chains))
+        return "".join(parts)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -250,6 +273,14 @@ def load_plan(path: str | Path) -> Plan:
 
 def _shapes(shapes: Sequence[Sequence[int]]) -> str:
     return " ".join("×".join(map(str, shape)) for shape in shapes)
+
+
+def _merged(merge: Merge) -> str:
+    return f"{merge.expansion} ({merge.r} → {merge.k}) is merged into {', '.join(merge.consumers)}"
+
+
+def _number(error: float | None) -> str:
+    return "" if error is None else f"{error:.2g}"
 
 
 def _share(edit: RemoveChannels) -> str:
