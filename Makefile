@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.convpare-ready
 
-.PHONY: demo test lint docs setup results zoo peers truncation kr-ablation fuzz lock clean
+.PHONY: demo test lint browser docs setup results zoo peers truncation kr-ablation fuzz lock clean
 
 demo: $(STAMP)
 	$(BIN)/convpare demo
 
-test: lint
+test: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
@@ -20,6 +20,14 @@ lint: $(STAMP)
 # The site, in build/site; a warning is an error.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Tests open reports in the system's Chromium; CHROMIUM may name another one.
+browser:
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+	    [ -n "$$name" ] && command -v "$$name" >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium && exit 0; fi; \
+	echo "the tests open reports in Chromium, and there is none: apt-get install chromium, or set CHROMIUM" >&2; exit 1
 
 setup: $(STAMP)
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from convpare import __version__, terminal
-from convpare.artifact import load_artifact, save
+from convpare.artifact import load_artifact, read_record, save
 from convpare.bench import bench
 from convpare.blocks.digits import train_digits
+from convpare.cli import reports
 from convpare.cli.arguments import (
     IMAGES,
     RECOVERY,
@@ -34,16 +35,19 @@ from convpare.cli.arguments import (
     DataArguments,
     ExportArguments,
     FormArgument,
-    Gallery,
+    InspectionArguments,
     JsonFile,
     MethodArguments,
     ModelArguments,
     ModelName,
+    Original,
     PlanName,
     PlanResultArguments,
     PlotFile,
     QSFMArguments,
     RecoveryArguments,
+    ReportArguments,
+    ReportFile,
     ResultArguments,
     Share,
     Teacher,
@@ -53,8 +57,9 @@ from convpare.cli.arguments import (
     TrainingArguments,
     TruncationArguments,
 )
-from convpare.cli.files import check_gallery, check_json, check_output, check_plot, write_json
+from convpare.cli.files import check_json, check_output, check_plot, check_report, write_json
 from convpare.cli.models import Opened, about, artifact_of, example_of, open_data, open_model, open_to_time
+from convpare.cli.reports import facts, of_original, origin_of, read_sweep, recovered_origin
 from convpare.cli.together import together
 from convpare.compress import Compression, CompressOptions, carry_through, compress
 from convpare.data import Data, load_data
@@ -71,7 +76,17 @@ from convpare.prospect import prospect, trade_off
 from convpare.recovery.processes import OfOneProcess, current
 from convpare.redundancy.kernels import ENERGY
 from convpare.regain import regain
-from convpare.report import theory_figure, trade_off_figure, truncation_figure, write_figure
+from convpare.report import (
+    gallery,
+    report_of_artifact,
+    report_of_inspection,
+    report_of_truncation,
+    theory_figure,
+    trade_off_figure,
+    truncation_figure,
+    write_figure,
+    write_report,
+)
 from convpare.theory import TheoryOptions, theory
 from convpare.truncate import truncate
 
@@ -94,15 +109,12 @@ def inspect_command(
     images: Annotated[Count, Parameter(group=IMAGES, help="images that similarity is measured on")] = 256,
     form: FormArgument = "module",
     energy: Share = ENERGY,
-    gallery: Gallery = None,
-    json_file: JsonFile = None,
+    result: InspectionArguments = InspectionArguments(),
 ) -> None:
     """What is superfluous, of what kind, and how much could go; with --data, in what the layers put out, too."""
-    check_json(json_file)
+    result.check(data.data)
     data.check()
     shape = which.shape
-    if gallery is not None:
-        check_gallery(gallery, data.data)
     with terminal.progress() as tell:
         opened = open_model(model, which, tell)
         shown = open_data(data, opened, tell)
@@ -115,9 +127,14 @@ def inspect_command(
             energy=energy,
             on_progress=tell,
         )
-        if gallery is not None and (maps_of := calibration_images(shown, images, 0)) is not None:
-            write_gallery(opened.module, found, maps_of, gallery, on_progress=tell)
-    write_json(json_file, found.to_json())
+        pictured = result.gallery is not None or result.report is not None
+        maps_of = calibration_images(shown, images, 0) if pictured else None
+        if result.gallery is not None and maps_of is not None:
+            write_gallery(opened.module, found, maps_of, result.gallery, on_progress=tell)
+        if result.report is not None:
+            pairs = () if maps_of is None else gallery(opened.module, found, maps_of)
+            write_report(report_of_inspection(found, pairs, facts(opened, shown)), result.report)
+    write_json(result.json_file, found.to_json())
     terminal.show_inspection(found)
 
 
@@ -266,7 +283,7 @@ def recover_command(
             figures = {**found.figures, "regained": done.to_json()}
             save(
                 done.model, result.output, plan=found.plan, spec=found.spec, preprocessing=images.preprocessing,
-                figures=figures,
+                figures=figures, origin=recovered_origin(found.origin) if found.origin else None,
             )  # fmt: skip
             _forget(checkpoint)
             write_json(result.json_file, done.to_json())
@@ -363,11 +380,13 @@ def truncate_command(
     data: DataArguments = DataArguments(),
     truncation: TruncationArguments = TruncationArguments(),
     plot: PlotFile = None,
+    report: ReportFile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Truncate the kernels of a trained network along every cut: norm loss against accuracy, and training again."""
     check_json(json_file)
     check_plot(plot)
+    check_report(report)
     if data.data is None:
         raise ConvpareError("truncate measures accuracy and needs labelled images: give --data")
     options, shape = truncation.options(), which.shape
@@ -380,6 +399,8 @@ def truncate_command(
     write_json(json_file, found.to_json())
     if plot is not None:
         write_figure(truncation_figure(found), plot)
+    if report is not None:
+        write_report(report_of_truncation(found, facts(opened, images)), report)
     terminal.show_truncation(found)
 
 
@@ -403,7 +424,31 @@ def theory_command(
     terminal.show(str(found))
 
 
-@app.command(sort_key=11)
+@app.command(name="report", sort_key=11)
+def report_command(
+    artifact: ArtifactName,
+    /,
+    *,
+    result: ReportArguments = ReportArguments(),
+    teacher: Original = None,
+    which: ModelArguments = ModelArguments(),
+    data: DataArguments = DataArguments(),
+    images: Annotated[Count, Parameter(group=IMAGES, help="images that feature maps are compared on")] = 64,
+) -> None:
+    """One page that explains an artifact: what was superfluous, what went, what it cost, how we know it is right."""
+    output = result.check(artifact)
+    data.check()
+    sweep = read_sweep(result.sweep)
+    with terminal.progress() as tell:
+        record = read_record(artifact)
+        network, pairs = of_original(record, teacher, which, data, images, tell)
+        made = report_of_artifact(record, network, pairs, sweep)
+        write_report(made, output)
+    write_json(result.json_file, made.to_json())
+    terminal.show(f"report: {output}")
+
+
+@app.command(sort_key=12)
 def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo/digits")) -> None:
     """The whole job in a minute: train a small network on digits, halve its MACs, recover, save, load back.
 
@@ -434,12 +479,15 @@ def _measure_and_save(
 ) -> Measured:
     tell("measuring latency", 0, 1)
     figures = measured(opened.module, done, example)
+    origin = origin_of(opened, example, done.plan, data, tell)
     tell("saving", 0, 1)
     preprocessing = data.preprocessing if data else opened.preprocessing
     kept = figures.to_json()
     if data is not None and data.class_names is not None:
         kept["labels"] = list(data.class_names)
-    save(done.model, output, plan=done.plan, spec=opened.spec, preprocessing=preprocessing, figures=kept)
+    save(
+        done.model, output, plan=done.plan, spec=opened.spec, preprocessing=preprocessing, figures=kept, origin=origin,
+    )  # fmt: skip
     return figures
 
 
@@ -489,5 +537,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.freeze()
         atexit.register(gc.freeze)
     given = list(arguments) if arguments is not None else sys.argv[1:]
+    reports.arguments.set(tuple(given))
     with _exit_codes(), together(given):
         app(given, exit_on_error=False, print_error=False)

@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from convpare.bench import BenchOptions
-from convpare.cli.files import check_destination, check_json, check_output, check_plot
+from convpare.cli.files import check_destination, check_gallery, check_json, check_output, check_plot, check_report
 from convpare.errors import ConvpareError
 from convpare.export import TOLERANCE, Destination
 from convpare.graph.structure import Form
@@ -59,10 +59,15 @@ PlanName = Annotated[Path, Parameter(help="the file of a plan, as `convpare plan
 ArtifactName = Annotated[str, Parameter(help="the folder of an artifact, as `convpare compress -o` writes it")]
 Teacher = Annotated[str, Parameter(group=MODEL, help="the MODEL that the artifact was made from, with its weights")]
 PlotFile = Annotated[Path | None, Parameter(name="--plot", group=RESULT, help="write a figure to this .html file")]
-Gallery = Annotated[
+ReportFile = Annotated[
     Path | None,
-    Parameter(group=RESULT, help="with --data: a folder for pictures of each group's most similar feature maps"),
+    Parameter(name="--report", group=RESULT, help="write a page that explains what was found to this .html file"),
 ]
+Original = Annotated[
+    str | None,
+    Parameter(group=MODEL, help="the MODEL that the artifact was made from, with its --weights; default: what the "
+              "artifact says, where that is at hand"),
+]  # fmt: skip
 
 
 @Parameter(name="*", group=MODEL)
@@ -291,6 +296,52 @@ class ExportArguments:
         written = {path.absolute() for path in (destination.path, destination.int8_path)}
         if self.json_file is not None and self.json_file.absolute() in written:
             raise ConvpareError(f"--json is {self.json_file}, which is what --{destination.kind} writes; take another")
+
+
+@Parameter(name="*", group=RESULT)
+@dataclass(frozen=True)
+class InspectionArguments:
+    """Where an inspection goes.
+
+    Attributes:
+        json_file: write everything that was found to this file, as JSON
+        report: write a page that explains what was found to this .html file
+        gallery: with --data: a folder for pictures of each group's most similar feature maps
+    """
+
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None
+    report: Path | None = None
+    gallery: Path | None = None
+
+    def check(self, data: str | None) -> None:
+        """Find out before long work whether all can be written."""
+        check_json(self.json_file)
+        check_report(self.report)
+        check_gallery(self.gallery, data)
+
+
+@Parameter(name="*", group=RESULT)
+@dataclass(frozen=True)
+class ReportArguments:
+    """What a report shows beside what the artifact holds, and where it goes.
+
+    Attributes:
+        output: the file; default: the artifact's name with .html behind, beside it
+        sweep: the trade-off, a file that `convpare plan --sweep --json` wrote
+        json_file: write what the page says to this file, as JSON
+    """
+
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
+    sweep: Path | None = None
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None
+
+    def check(self, artifact: str) -> Path:
+        """Find out before long work whether both can be written; the page's file."""
+        beside = Path(artifact).resolve()
+        output = self.output or beside.with_name(f"{beside.name}.html")
+        check_report(output, "--output")
+        check_json(self.json_file)
+        return output
 
 
 @Parameter(name="*", group=METHOD)

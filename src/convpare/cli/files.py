@@ -39,6 +39,13 @@ def check_plot(path: Path | None) -> None:
     _check_file(path, "--plot", DOCTYPE.encode())
 
 
+def check_report(path: Path | None, option: str = "--report") -> None:
+    """The same of a report's file, and whether reports can be made."""
+    if path is not None:
+        import_extra("jinja2", "report")
+    _check_file(path, option, DOCTYPE.encode())
+
+
 def check_gallery(folder: Path | None, data: str | None) -> None:
     """Find out before long work whether pictures can be made and written into the folder, which is made if need be."""
     if folder is None:

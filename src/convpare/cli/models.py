@@ -34,6 +34,8 @@ class Opened:
     input_shape: tuple[int, ...] | None
     preprocessing: Preprocessing | None
     random: bool  # whether its weights are untrained
+    weights: Path | None = None  # the file that they came from
+    num_classes: int | None = None
     plan: Plan | None = None  # of an artifact: how it was made smaller
     labels: tuple[str, ...] | None = None  # of an artifact: the names of its outputs
 
@@ -88,7 +90,10 @@ def _build(model: str, which: ModelArguments) -> Opened:
         raise ConvpareError(f"--model says what an artifact was made from, but {model!r} is no artifact's folder")
     source = load_model(model, weights=which.weights, num_classes=which.num_classes)
     random = which.weights is None and is_builtin(model)
-    return Opened(model, source.module, source.spec, source.input_shape, source.preprocessing, random)
+    return Opened(
+        model, source.module, source.spec, source.input_shape, source.preprocessing, random, which.weights,
+        which.num_classes,
+    )  # fmt: skip
 
 
 def _check_weights(opened: Opened) -> None:

@@ -1,0 +1,113 @@
+"""The command, as a clumsy user meets it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from convpare.artifact import load_artifact, read_record
+from convpare.blocks.digits import digits_net
+from convpare.planning.plan import load_plan
+
+
+def test_the_artifact_holds_what_a_report_needs(made):
+    record = read_record(made.artifact)
+    origin = record.origin
+    assert origin["commands"][0].startswith("convpare compress convpare:digits --weights ")
+    assert origin["images"] == "digits: held out every fifth image of each class for testing (355 of 1797 images)"
+    assert origin["weights"]["file"] == str(made.folder / "digits.safetensors")
+    assert sum(sheet["macs_after"] for sheet in origin["network"]["layers"]) == record.plan.after.macs
+    assert load_artifact(made.artifact).origin == origin
+
+
+def test_the_page_as_json(made):
+    page = json.loads((made.folder / "page.json").read_text())
+    record = read_record(made.artifact)
+    tops = [stage["top1"] for stage in page["stages"]]
+    assert tops == [stage["top1"] for stage in record.figures["stages"]]
+    assert page["curve"]["chosen"][2] == pytest.approx(record.plan.error)
+    assert page["check"]["error"] == record.figures["self_check"]["max_relative_error"]
+    assert all(pair["removed"] for pair in page["pairs"])
+
+
+def test_beside_the_artifact_without_images(made, capsys):
+    artifact = made.folder / "other"
+    shutil.copytree(made.artifact, artifact)
+    assert made.run("report", f"{artifact}/") == 0
+    page = made.folder / "other.html"
+    assert capsys.readouterr().out.strip() == f"report: {page}"
+    assert "Feature maps that resemble" not in page.read_text()
+    assert made.run("report", artifact) == 0  # a page of ours is replaced
+    page.write_text("something else")
+    assert made.run("report", artifact) == 1
+    assert page.read_text() == "something else"
+    assert {path.name for path in artifact.iterdir()} == {"model.safetensors", "plan.json"}
+
+
+def refused(made, capsys, *arguments: object) -> str:
+    assert made.run("report", *arguments, "-o", made.folder / "refused.html") == 1
+    assert not (made.folder / "refused.html").exists()
+    found = capsys.readouterr().err
+    assert "Traceback" not in found
+    return " ".join(found.split())
+
+
+def test_what_is_wrong_is_said(made, capsys, tmp_path):
+    assert "an artifact is a folder with" in refused(made, capsys, tmp_path)
+    (tmp_path / "s.json").write_text("{}")
+    assert "that is no sweep" in refused(made, capsys, made.artifact, "--sweep", tmp_path / "s.json")
+    (tmp_path / "s.json").write_text("[" * 100_000)
+    assert "cannot be read as JSON" in refused(made, capsys, made.artifact, "--sweep", tmp_path / "s.json")
+    assert "cannot be read as JSON" in refused(made, capsys, made.artifact, "--sweep", tmp_path / "none.json")
+    weights = made.folder / "digits.safetensors"
+    assert "name it with --teacher" in refused(made, capsys, made.artifact, "--weights", weights)
+    assert "--mean is about images" in refused(made, capsys, made.artifact, "--mean", "0.5")
+    other = ("--teacher", "convpare:resnet20")
+    assert "the plan was made for DigitsNet, and does not suit this network" in refused(
+        made, capsys, made.artifact, *other
+    )
+    inside = made.run("report", made.artifact, "-o", made.artifact / "r.html")
+    assert inside == 1
+
+
+def test_images_need_the_original(made, capsys, tmp_path):
+    """Its weights are found where they were, if they are still the same; else the user is asked for them."""
+    torch.manual_seed(0)
+    weights, artifact = tmp_path / "w.safetensors", tmp_path / "small"
+    save_file(digits_net().state_dict(), weights)
+    of = ("convpare:digits", "--weights", weights, "--macs", 0.5, "--criterion", "l2", "--recover", "none")
+    assert made.run("compress", *of, "-o", artifact) == 0
+    page = tmp_path / "r.html"
+    shown = ("--data", "digits", "--images", 8, "-o", page)
+    assert made.run("report", artifact, *shown) == 0
+    assert "Feature maps that resemble" in page.read_text()
+    weights.rename(tmp_path / "moved.safetensors")
+    capsys.readouterr()
+    assert made.run("report", artifact, *shown) == 1
+    assert "--teacher MODEL and its --weights" in " ".join(capsys.readouterr().err.split())
+    named = ("--teacher", "convpare:digits", "--weights", tmp_path / "moved.safetensors")
+    assert made.run("report", artifact, *named, *shown) == 0
+    save_file(digits_net().state_dict(), weights)
+    assert made.run("report", artifact, *shown) == 1  # there, but others
+
+
+def test_of_a_plan_that_was_applied_and_of_what_was_recovered(made, tmp_path):
+    plan, applied, better = (tmp_path / name for name in ("plan.json", "applied", "better"))
+    fast = ("--epochs", 1, "--train-images", 64, "--recover-images", 64)
+    assert made.run("plan", *made.model, "--macs", 0.6, "-o", plan) == 0
+    assert made.run("apply", made.model[0], plan, *made.model[1:], "--recover", "none", "-o", applied) == 0
+    given = ("--teacher", *made.model)
+    assert made.run("recover", applied, *given, *fast, "-o", better) == 0
+    assert made.run("report", better, "--json", tmp_path / "page.json") == 0
+    page = json.loads((tmp_path / "page.json").read_text())
+    assert [stage["stage"] for stage in page["stages"]][:2] == ["original", "after surgery"]
+    assert page["stages"][-1]["stage"] == "after training"
+    commands = [said for term, said in page["made"] if term == "Command"]
+    assert [command.split()[1] for command in commands] == ["apply", "recover"]
+    assert "without labels" in dict(page["made"])["Recovery later"]
+    after = [q["after"] for q in page["quantities"] if q["kind"] == "macs"]
+    assert after == [load_plan(plan).after.macs]
+    assert Path(tmp_path / "better.html").is_file()
