@@ -16,6 +16,7 @@ from convpare import CompressOptions, PlanOptions, compress, count
 from convpare.artifact import read_record, save
 from convpare.blocks.digits import digits_net
 from convpare.errors import ConvpareError
+from convpare.factorize.edit import Factorize
 from convpare.graph.merging import merge_all
 from convpare.graph.trace import trace
 from convpare.inspection import inspect
@@ -139,6 +140,18 @@ def test_a_merged_layer_is_gone():
     assert not sheets["reduce"].merged
 
 
+def test_ranks_of_a_grouped_layer_are_of_all_groups():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=4), nn.Flatten()).eval()
+    whole = convpare.plan(net, EXAMPLE, macs=1.0, criterion="l2")
+    edit = Factorize("2", "o|ihw", (2,), (16, 2, 3, 3))
+    made = replace(whole, edits=(), factorizations=(edit,)).made_true(trace(net, EXAMPLE))
+    sheet = network_of(inspect(net, EXAMPLE), made).layers[1]
+    assert [(c.chosen, c.full_rank) for c in sheet.spectra if c.chosen] == [(8, 16)]
+    chained = count(convpare.apply(net, made), EXAMPLE)
+    assert sheet.macs_after == sum(cost.macs for name, cost in chained.layers.items() if name.startswith("2."))
+
+
 def test_it_goes_through_json(mixed):
     done, network, record = mixed
     assert Network.from_json(json.loads(json.dumps(network.to_json()))) == network
@@ -158,6 +171,18 @@ def test_it_goes_through_json(mixed):
     assert made["Command"] == "a b"
     assert made["Criterion"] == "reconstruction, on at most 64 images, without labels"
     assert "Recovery" not in made
+
+
+def test_budgets_of_time_and_memory(mixed):
+    done, _, record = mixed
+    plan = replace(done.plan, requested={"memory": 0.7, "latency": 0.8}, options={"memory_bytes": [4000, 2500]})
+    figures = {**record.figures, "latency": {"runtime": "onnxruntime", "batch": 64, "threads": None, "ms": [9.5, 7.25]}}
+    report = report_of_artifact(replace(record, plan=plan, figures=figures))
+    found = {q.name: (q.kind, q.before, q.after, q.budget) for q in report.quantities}
+    assert found["Memory, of tensors"] == ("memory_bytes", 4000, 2500, 0.7)
+    assert found["Latency in onnxruntime, a batch of 64"] == ("latency_ms", 9.5, 7.25, 0.8)
+    assert "asked for × 0.7" in render(report)
+    assert "4,000" in plan._repr_html_()
 
 
 def test_an_artifact_without_its_layers(mixed):

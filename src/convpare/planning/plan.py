@@ -237,11 +237,10 @@ class Plan:
         """As a notebook shows it."""
         form = "" if self.form == "module" else f", {self.form} form"
         title = f"plan for {self.model} on {_shapes(self.inputs)}, criterion {self.criterion}{form}"
+        sides = {"macs": (self.before.macs, self.after.macs), "params": (self.before.params, self.after.params)}
+        sides |= {"memory": self.memory} if self.memory else {}
         asked = {metric: f"{wanted:.4f}" for metric, wanted in self.requested.items()}
-        costs = [
-            (metric, getattr(self.before, metric), getattr(self.after, metric), f"{share:.4f}", asked.get(metric, ""))
-            for metric, share in self.achieved.items()
-        ]
+        costs = [(m, *side, f"{self.achieved[m]:.4f}", asked.get(m, "")) for m, side in sides.items()]
         parts = [html_table(("", "before", "after", "achieved", "requested"), costs, title)]
         parts += [html_text(_merged(merge)) for merge in self.merges]
         if self.edits:

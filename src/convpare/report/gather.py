@@ -32,7 +32,7 @@ _SIDES = (("macs", "MACs"), ("params", "Parameters"), ("file_bytes", "File"), ("
 
 @dataclass(frozen=True)
 class Quantity:
-    """One figure: `kind` is "macs", "params", "file_bytes", "latency_ms" or "share".
+    """One figure: `kind` is "macs", "params", "file_bytes", "memory_bytes", "latency_ms" or "share".
 
     `after` is None where nothing was done; `budget` is what was asked for, as a fraction of `before`.
     """
@@ -266,9 +266,16 @@ def _quantities(figures: Mapping[str, Any], plan: Plan) -> tuple[Quantity, ...]:
     before = {**plan.before.to_json(), **mapping(figures.get("before") or {})}
     after = {**plan.after.to_json(), **mapping(figures.get("after") or {})}
     known = [(kind, name) for kind, name in _SIDES if before.get(kind) is not None and after.get(kind) is not None]
-    return tuple(
-        Quantity(kind, name, real(before[kind]), real(after[kind]), plan.requested.get(kind)) for kind, name in known
-    )
+    found = [Quantity(kind, name, real(before[kind]), real(after[kind]), plan.requested.get(kind))
+             for kind, name in known]  # fmt: skip
+    if plan.memory:
+        found.append(Quantity("memory_bytes", "Memory, of tensors", *plan.memory, plan.requested.get("memory")))
+    if figures.get("latency") is not None:
+        target = mapping(figures["latency"])
+        old, new = (real(ms) for ms in items(target["ms"]))
+        name = f"Latency in {text(target['runtime'])}, a batch of {count(target['batch'])}"
+        found.append(Quantity("latency_ms", name, old, new, plan.requested.get("latency")))
+    return tuple(found)
 
 
 def _check(figures: Mapping[str, Any], plan: Plan) -> Check | None:

@@ -88,7 +88,7 @@ def amount(value: float, of: Quantity) -> str:
         return percent(value)
     if of.kind == "latency_ms":
         return f"{value:.3g}\u00a0ms" if value < 1000 else f"{value:,.0f}\u00a0ms"
-    if of.kind == "file_bytes":
+    if of.kind.endswith("_bytes"):
         return f"{si(value)}B" if value >= 999.5 else f"{si(value)}\u00a0B"
     return si(value)
 
