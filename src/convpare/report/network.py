@@ -324,9 +324,12 @@ def _read_cuts(data: dict[str, Any]) -> Cuts:
 
 def _read_channels(data: dict[str, Any]) -> Channels:
     error, similar, rank = (maybe(real, data[key]) for key in ("error", "similar", "rank"))
+    dead = maybe(count, data["dead"])
+    if len({measured is None for measured in (similar, rank, dead)}) > 1:
+        raise ValueError("of the maps of a group all is measured, or nothing")
     return Channels(
         text(data["name"]), count(data["channels"]), texts(data["producers"]), texts(data["consumers"]),
-        maybe(count, data["kept"]), error, similar, rank, maybe(count, data["dead"]),
+        maybe(count, data["kept"]), error, similar, rank, dead,
     )  # fmt: skip
 
 
