@@ -191,6 +191,11 @@ def test_an_artifact_without_its_layers(mixed):
     assert report.network is None
     assert "--teacher" in report.notes[0]
     assert "What was superfluous" not in render(report)
+    bare = report_of_artifact(replace(record, origin={}, figures={}))
+    assert [q.kind for q in bare.quantities] == ["macs", "params"]
+    page = render(bare)
+    assert "What it cost, and what it saves" in page
+    assert "How we know" not in page
     with pytest.raises(ConvpareError, match="without a plan"):
         report_of_artifact(replace(record, plan=None))
 

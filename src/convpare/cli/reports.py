@@ -43,14 +43,11 @@ def origin_of(opened: Opened, example: Tensor, plan: Plan, data: Data | None, te
     if opened.weights is not None:
         origin["weights"] = {"file": str(opened.weights), "sha256": _digest(opened.weights)}
     try:
-        origin["network"] = _network(opened, inspect(opened.module, example, form=plan.form, on_progress=tell), plan)
+        found = inspect(opened.module, example, form=plan.form, on_progress=tell)
+        origin["network"] = _as_planned(opened, found, plan).to_json()
     except ConvpareError as error:  # the artifact matters more
         terminal.warn(f"a report of this artifact will lack its layers: {error}")
     return origin
-
-
-def _network(opened: Opened, found: Inspection, plan: Plan) -> dict[str, Any]:
-    return _as_planned(opened, found, plan).to_json()
 
 
 def _as_planned(opened: Opened, found: Inspection, plan: Plan) -> Network:
