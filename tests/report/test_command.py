@@ -57,6 +57,8 @@ def refused(made, capsys, *arguments: object) -> str:
 
 def test_what_is_wrong_is_said(made, capsys, tmp_path):
     assert "an artifact is a folder with" in refused(made, capsys, tmp_path)
+    assert made.run("report", tmp_path / "no" / "such") == 1
+    assert "there is no file" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "s.json").write_text("{}")
     assert "that is no sweep" in refused(made, capsys, made.artifact, "--sweep", tmp_path / "s.json")
     (tmp_path / "s.json").write_text("[" * 100_000)
@@ -92,6 +94,42 @@ def test_images_need_the_original(made, capsys, tmp_path):
     assert made.run("report", artifact, *named, *shown) == 0
     save_file(digits_net().state_dict(), weights)
     assert made.run("report", artifact, *shown) == 1  # there, but others
+
+
+def test_of_a_plan_that_merges(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.expand = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 24, 1, bias=False)
+        self.reduce, self.last, self.fc = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.reduce(self.expand(self.first(x).relu())).relu()
+        return self.fc(self.last(x).relu().mean((2, 3)))
+
+def make():
+    torch.manual_seed(0)
+    return Net()
+"""
+    )
+    of = ("net.py:make", "--data", "digits", "--merge", "--macs", 0.5, "--images", 32, "--recover", "none")
+    assert made.run("compress", *of, "-o", "small") == 0
+    stored = read_record("small")
+    assert [merge.expansion for merge in stored.plan.merges] == ["expand"]
+    shown = ("--teacher", "net.py:make", "--data", "digits", "--images", 16, "--json", "page.json")
+    assert made.run("report", "small", *shown) == 0
+    page = json.loads(Path("page.json").read_text())
+    layers = {sheet["name"]: sheet["macs_after"] for sheet in page["network"]["layers"]}
+    assert layers["expand"] == 0 and sum(layers.values()) == stored.plan.after.macs
+    assert layers == {sheet["name"]: sheet["macs_after"] for sheet in stored.origin["network"]["layers"]}
+    assert {pair["group"] for pair in page["pairs"]} <= {edit.group for edit in stored.plan.edits}
+    assert all(pair["removed"] for pair in page["pairs"]) and page["pairs"]
 
 
 def test_of_a_plan_that_was_applied_and_of_what_was_recovered(made, tmp_path):

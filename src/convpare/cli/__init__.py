@@ -436,11 +436,11 @@ def report_command(
     images: Annotated[Count, Parameter(group=IMAGES, help="images that feature maps are compared on")] = 64,
 ) -> None:
     """One page that explains an artifact: what was superfluous, what went, what it cost, how we know it is right."""
+    record = read_record(artifact)
     output = result.check(artifact)
     data.check()
     sweep = read_sweep(result.sweep)
     with terminal.progress() as tell:
-        record = read_record(artifact)
         network, pairs = of_original(record, teacher, which, data, images, tell)
         made = report_of_artifact(record, network, pairs, sweep)
         write_report(made, output)

@@ -18,7 +18,7 @@ from convpare.cli.arguments import DataArguments, ModelArguments
 from convpare.cli.models import Opened, open_data, open_model
 from convpare.data import Data
 from convpare.errors import ConvpareError
-from convpare.inspection import Inspection, inspect
+from convpare.inspection import inspect
 from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
 from convpare.report import Facts, Network, Pair, gallery, network_of
@@ -44,15 +44,11 @@ def origin_of(opened: Opened, example: Tensor, plan: Plan, data: Data | None, te
         origin["weights"] = {"file": str(opened.weights), "sha256": _digest(opened.weights)}
     try:
         found = inspect(opened.module, example, form=plan.form, on_progress=tell)
-        origin["network"] = _as_planned(opened, found, plan).to_json()
+        merged = graph_for(merged_for(opened.module, plan), plan) if plan.merges else None
+        origin["network"] = network_of(found, plan, merged).to_json()
     except ConvpareError as error:  # the artifact matters more
         terminal.warn(f"a report of this artifact will lack its layers: {error}")
     return origin
-
-
-def _as_planned(opened: Opened, found: Inspection, plan: Plan) -> Network:
-    merged = graph_for(merged_for(opened.module, plan), plan) if plan.merges else None
-    return network_of(found, plan, merged)
 
 
 def of_original(
@@ -70,13 +66,14 @@ def of_original(
     shown = open_data(data, opened, tell)
     subject = merged_for(opened.module, plan)
     plan = plan.made_true(graph_for(subject, plan))
-    found = inspect(opened.module, example_inputs(opened.module, plan), form=plan.form, on_progress=tell)
-    network = _as_planned(opened, found, plan)
-    if shown is None:
+    inputs = example_inputs(subject, plan)
+    seen = inspect(subject, inputs, shown, images=images, form=plan.form, on_progress=tell)
+    if subject is opened.module:
+        network = network_of(seen, plan)
+    else:
+        network = network_of(inspect(opened.module, inputs, form=plan.form, on_progress=tell), plan, seen.graph)
+    if (maps_of := calibration_images(shown, images, 0)) is None:
         return network, ()
-    maps_of = calibration_images(shown, images, 0)
-    assert maps_of is not None
-    seen = inspect(subject, example_inputs(subject, plan), shown, images=images, form=plan.form, on_progress=tell)
     return network, gallery(subject, seen, maps_of, plan, lambda done, total: tell("drawing feature maps", done, total))
 
 
