@@ -34,10 +34,10 @@ class Opened:
     input_shape: tuple[int, ...] | None
     preprocessing: Preprocessing | None
     random: bool  # whether its weights are untrained
-    weights: Path | None = None  # the file that they came from
-    num_classes: int | None = None
     plan: Plan | None = None  # of an artifact: how it was made smaller
     labels: tuple[str, ...] | None = None  # of an artifact: the names of its outputs
+    weights: Path | None = None  # the file that they came from
+    num_classes: int | None = None
 
 
 def open_model(model: str, which: ModelArguments, tell: terminal.Tell) -> Opened:
@@ -91,8 +91,8 @@ def _build(model: str, which: ModelArguments) -> Opened:
     source = load_model(model, weights=which.weights, num_classes=which.num_classes)
     random = which.weights is None and is_builtin(model)
     return Opened(
-        model, source.module, source.spec, source.input_shape, source.preprocessing, random, which.weights,
-        which.num_classes,
+        model, source.module, source.spec, source.input_shape, source.preprocessing, random, weights=which.weights,
+        num_classes=which.num_classes,
     )  # fmt: skip
 
 

@@ -2,14 +2,12 @@
 
 import base64
 import hashlib
-import os
-import secrets
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from convpare.errors import ConvpareError
 from convpare.optional import import_extra
+from convpare.replacing import replaced_file
 from convpare.report import drawing
 from convpare.report.gather import Quantity, Report
 from convpare.report.network import Sheet
@@ -48,16 +46,9 @@ def write_report(report: Report, path: str | Path) -> None:
     Raises:
         ConvpareError: Jinja2 is missing, or the file cannot be written.
     """
-    place, page = Path(os.path.realpath(path)), render(report)
-    temporary = place.with_name(f".convpare-{secrets.token_hex(4)}.html")
-    try:
-        try:
-            temporary.write_text(page, encoding="utf-8", errors="replace")
-            os.replace(temporary, place)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConvpareError(f"{path} cannot be written: {error}") from error
+    page = render(report)
+    with replaced_file(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
 def si(value: float) -> str:
