@@ -81,14 +81,15 @@ class Statistics:
     def chains_after(
         self, keep: np.ndarray, timed: bool, forms: Mapping[str, Collection[str]] | None = None
     ) -> dict[str, Choices]:
-        """The same of the layers that the mask `keep` (channels,) leaves; of each these forms alone, if given."""
+        """The same of the layers that the mask `keep` (channels,) leaves; of each these
+        forms alone, if they are given."""
         times = self.times.of if timed else None
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         relative = self.criterion.name == "reconstruction"
         layers = [layer for layer in self.graph.layers if layer.name in self.metrics]
 
         def chains(x: Layer) -> list[Chain]:
-            wanted = None if forms is None else forms[x.name]
+            wanted = None if forms is None else forms.get(x.name, ())
             return chains_of(self.graph, x, weights[x.weight], self.metrics[x.name], keep, relative, times, wanted)
 
         return {x.name: Choices(x, tuple(chains(x))) for x in layers}
