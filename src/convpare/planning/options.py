@@ -110,6 +110,8 @@ def chains_of(
         times: milliseconds of the layer or a chain of it, see `NetworkTimes.of`.
         forms: those of interest; None for all.
     """
+    if forms is not None and not forms:
+        return []
     into, out = (torch.as_tensor(graph.kept(axis, keep), device=weight.device) for axis in (layer.into, layer.out))
     left = weight.detach().double().index_select(layer.in_axis, into).index_select(layer.out_axis, out)
     transposed = layer.kind == "conv_transpose"

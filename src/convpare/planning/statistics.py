@@ -81,8 +81,9 @@ class Statistics:
     def chains_after(
         self, keep: np.ndarray, timed: bool, forms: Mapping[str, Collection[str]] | None = None
     ) -> dict[str, Choices]:
-        """The same of the layers that the mask `keep` (channels,) leaves; of each these
-        forms alone, if they are given."""
+        """The same of the layers that the mask `keep` (channels,) leaves; of each these forms alone, if they are
+        given.
+        """
         times = self.times.of if timed else None
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         relative = self.criterion.name == "reconstruction"
