@@ -38,9 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--overwrite", action="store_true", help="write the files in tests/golden anew")
 
 
+LONGEST = ("test_real.py", "zoo/test_zoo.py", "test_cli.py", "recovery/test_processes.py", "graph/test_property.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first, so that no worker is left with it when the others are done."""
-    items.sort(key=lambda item: item.path.name != "test_real.py")
+    """Files that take longest come first, so that no worker is left with one when the others are done."""
+    tests = Path(__file__).parent
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(tests).as_posix(), len(LONGEST)))
 
 
 @pytest.fixture
