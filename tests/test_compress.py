@@ -75,7 +75,7 @@ def test_json():
     told = json.loads(json.dumps(done.to_json(), allow_nan=False))
     assert set(told) == {
         "model", "form", "criterion", "options", "requested", "achieved", "before", "after", "stages", "self_check",
-        "recovery", "excluded", "test_images", "tried", "latency",
+        "recovery", "excluded", "test_images", "tried", "latency", "sweep",
     }  # fmt: skip
     assert told["model"] == "DigitsNet"
     assert told["criterion"] == "l2"
@@ -95,6 +95,27 @@ def test_json():
     assert set(told["recovery"]["relative_output_errors"]) == {"none", "batch-norm", "least-squares"}
     assert told["excluded"] == []
     assert told["test_images"] == 40
+
+
+@pytest.mark.parametrize("methods", [("prune",), ("prune", "factorize")])
+def test_the_trade_off_is_that_of_the_plan_that_was_taken(methods: tuple[str, ...]):
+    plan = PlanOptions(images=32, methods=methods)
+    asked = CompressOptions(plan, RecoverOptions(images=100), sweep=3)
+    done = compress(digits(), X, data(), macs=0.6, criterion="reconstruction", options=asked)
+    assert done.sweep is not None
+    assert [step.macs for step, _, _ in done.sweep.steps] == pytest.approx([1 - 0.4 / 3, 1 - 0.8 / 3, 0.6])
+    assert done.sweep.plans[-1] == done.plan
+    assert done.sweep.before == done.plan.before
+    told = done.to_json()["sweep"]
+    assert [step["achieved"] for step in told["steps"]] == [made.achieved for made in done.sweep.plans]
+    assert all("plan" not in step for step in told["steps"])
+
+
+@pytest.mark.parametrize("plan", [PlanOptions(threshold=0.1), PlanOptions(rounds=2)])
+def test_no_trade_off_by_a_threshold_or_in_rounds(plan: PlanOptions):
+    budget = None if plan.threshold is not None else 0.7
+    done = compress(digits(), X, macs=budget, criterion="l2", options=CompressOptions(plan, None, sweep=3))
+    assert done.sweep is None
 
 
 def test_without_labels_there_is_no_accuracy():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from convpare import __version__
 from convpare.errors import ConvpareError
 from convpare.modes import eval_mode
+from convpare.notebook import html_table
 from convpare.planning.cost import Cost, count
 from convpare.runtimes import RUNTIMES, processor, ready, torch_threads
 from convpare.timing import Spread, in_turn
@@ -108,6 +109,16 @@ class Bench:
             ],
             "measured_on": dict(self.machine),
         }  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        columns = ("runtime", "batch", "threads", "network", "ms", "quartiles", "speed-up", "share of the MACs ratio")
+        rows = [
+            (s.runtime, s.batch, s.threads, name, f"{ms.median:.3f}", f"{ms.lower:.3f}–{ms.upper:.3f}",
+             f"{s.speedups[n].median:.2f}", f"{self.share(s, n):.2f}")
+            for s in self.settings for n, (name, ms) in enumerate(zip(self.names, s.milliseconds, strict=True))
+        ]  # fmt: skip
+        return html_table(columns, rows, f"{self.machine['processor']}, torch {self.machine['torch']}")
 
 
 def bench(

@@ -23,6 +23,7 @@ from convpare.planning.plan import Plan
 from convpare.planning.planner import Planner
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
+from convpare.prospect import TradeOff, trade_off
 from convpare.recovery import TUNINGS, Recovered, RecoverOptions, recover_with, tuned
 from convpare.recovery.processes import current
 
@@ -59,6 +60,7 @@ class Compression:
         tried: where several methods were tried together and each alone, the relative output error of each, after
             recovery, on images kept aside; the best one was taken.
         latency: milliseconds before and after on the target of the plan, where there was a budget of them.
+        sweep: what other budgets would cost, if that was asked for.
     """
 
     model: nn.Module
@@ -70,12 +72,12 @@ class Compression:
     test_images: int
     tried: Mapping[str, float] = field(default_factory=dict)
     latency: tuple[float, ...] = ()
+    sweep: TradeOff | None = None
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
-        known = [stage for stage in self.stages if stage.top1 is not None]
-        parts = [html_table(("stage", "top-1 %"), [(s.name, f"{s.top1:.2f}") for s in known])] if known else []
-        return "".join([*parts, self.plan._repr_html_(), self.check._repr_html_()])
+        swept = "" if self.sweep is None else self.sweep._repr_html_()
+        return html_stages(self.stages) + self.plan._repr_html_() + swept + self.check._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
         first, last = self.stages[0].top1, self.stages[-1].top1
@@ -95,6 +97,7 @@ class Compression:
             "tried": finite(dict(self.tried)),
             "test_images": self.test_images,
             "latency": None if not self.latency else {**self.plan.options["target"], "ms": list(self.latency)},
+            "sweep": None if self.sweep is None else self.sweep.to_json(plans=False),
         }
 
 
@@ -108,6 +111,8 @@ class CompressOptions:
         test_limit: how many test images to show; None: all.
         form: "module", "graph" or "linked", see `trace`.
         checkpoint: where the state of training is stored (see `tune`); training goes on there.
+        sweep: how many other plans to make on the way to the budget, for the trade-off; none by a threshold or in
+            rounds.
     """
 
     plan: PlanOptions = field(default_factory=PlanOptions)
@@ -115,6 +120,7 @@ class CompressOptions:
     test_limit: int | None = None
     form: Form = "module"
     checkpoint: Path | None = None
+    sweep: int = 0
 
 
 def compress(
@@ -143,7 +149,7 @@ def compress(
     budget = options.plan.budget(macs, params)
     tell = on_progress or (lambda *_: None)
 
-    def make() -> tuple[_Try, dict[str, float], float]:
+    def make() -> _Choice:
         started = time.perf_counter()
         tell("tracing", 0, 1)
         planner = Planner(model, example_inputs, data, criterion=criterion, options=options.plan, form=options.form)
@@ -158,11 +164,12 @@ def compress(
                 continue
             tries.append(_recovered(found, model, data, recovery, tell))
         errors = {" and ".join(t.methods): t.error for t in tries} if len(tries) > 1 else {}
-        return min(tries, key=lambda t: t.error), errors, traced
+        best = min(tries, key=lambda t: t.error)
+        return _Choice(best, errors, traced, _swept(planner, budget, best, options, tell))
 
-    best, errors, traced = _in_all(model, make)
-    best = _trained(best, model, data, options, tell)
-    return _measured(model, best, traced, data, options.test_limit, errors, tell)
+    choice = _in_all(model, make)
+    choice = replace(choice, best=_trained(choice.best, model, data, options, tell))
+    return _measured(model, choice, data, options.test_limit, tell)
 
 
 def carry_through(
@@ -192,7 +199,7 @@ def carry_through(
     assert made is not None
     found = _Try((), made, small, check, (), (time.perf_counter() - started, 0.0))
     best = _trained(_recovered(found, model, data, recovery, tell), model, data, options, tell)
-    return _measured(model, best, 0.0, data, options.test_limit, {}, tell)
+    return _measured(model, _Choice(best), data, options.test_limit, tell)
 
 
 def _wanted(options: CompressOptions, data: Data | ImageSet | Tensor | None) -> RecoverOptions | None:
@@ -240,6 +247,23 @@ class _Try:
     def error(self) -> float:
         """The relative error of the outputs on images that nothing was fitted to; 0 where nothing was recovered."""
         return 0.0 if self.recovered is None else self.recovered.errors[self.recovered.method]
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """The best of what was tried, the error of each where they were several, and what was measured beside."""
+
+    best: _Try
+    errors: Mapping[str, float] = field(default_factory=dict)
+    traced: float = 0.0  # seconds
+    sweep: TradeOff | None = None
+
+
+def _swept(planner: Planner, budget: Budget, best: _Try, options: CompressOptions, tell: Progress) -> TradeOff | None:
+    """What other budgets would cost, planned as the best was."""
+    if not options.sweep or options.plan.threshold is not None or options.plan.rounds > 1:
+        return None
+    return trade_off(planner, budget, options.sweep, tell, methods=best.methods, exclude=best.excluded)
 
 
 def _carried_out(model: nn.Module, planner: Planner, budget: Budget, methods: tuple[str, ...], tell: Progress) -> _Try:
@@ -298,24 +322,23 @@ def _recovered(
     return replace(found, recovered=done, seconds=(found.seconds[0], time.perf_counter() - started))
 
 
-def _in_all(
-    model: nn.Module, make: Callable[[], tuple[_Try, dict[str, float], float]]
-) -> tuple[_Try, dict[str, float], float]:
+def _in_all(model: nn.Module, make: Callable[[], _Choice]) -> _Choice:
     """What the main process makes, in all processes: the others carry out its plan, and take its weights."""
     processes = current()
     if processes.count == 1:
         return make()
     made = []
 
-    def told() -> tuple[_Try, dict[str, float], float]:
+    def told() -> _Choice:
         made.append(make())
-        best, errors, traced = made[0]
-        return best.of(nn.Identity()), errors, traced
+        return replace(made[0], best=made[0].best.of(nn.Identity()))
 
-    best, errors, traced = processes.once(told)
-    best = made[0][0] if processes.main else best.of(carry_out(model, best.plan, check=False)[0])
-    processes.follow_(best.model)
-    return best, errors, traced
+    heard = processes.once(told)
+    choice = made[0] if processes.main else replace(
+        heard, best=heard.best.of(carry_out(model, heard.best.plan, check=False)[0])
+    )  # fmt: skip
+    processes.follow_(choice.best.model)
+    return choice
 
 
 def _trained(
@@ -332,19 +355,19 @@ def _trained(
 
 
 def _measured(
-    model: nn.Module, best: _Try, traced: float, data: Data | ImageSet | Tensor | None, limit: int | None,
-    errors: Mapping[str, float], tell: Progress,
-) -> Compression:  # fmt: skip
+    model: nn.Module, choice: _Choice, data: Data | ImageSet | Tensor | None, limit: int | None, tell: Progress
+) -> Compression:
     """The result, with the accuracies of its stages."""
-    tester = Tester(data, limit, tell)
-    stages = [tester.stage("before", model, 0.0), tester.stage("surgery", best.surgery, traced + best.seconds[0])]
+    tester, best = Tester(data, limit, tell), choice.best
+    seconds = choice.traced + best.seconds[0]
+    stages = [tester.stage("before", model, 0.0), tester.stage("surgery", best.surgery, seconds)]
     if best.recovered is not None:
         stages.append(tester.stage(best.recovered.method, best.calibrated or best.recovered.model, best.seconds[1]))
         if best.recovered.tuned is not None:
             stages.append(tester.stage("training", best.recovered.model, best.recovered.tuned.seconds))
     return Compression(
-        best.model, best.plan, best.check, tuple(stages), best.recovered, best.excluded, tester.images, errors,
-        best.latency,
+        best.model, best.plan, best.check, tuple(stages), best.recovered, best.excluded, tester.images, choice.errors,
+        best.latency, choice.sweep,
     )  # fmt: skip
 
 
@@ -373,6 +396,12 @@ class Tester:
 
 def _side(cost: Cost, top1: float | None) -> dict[str, Any]:
     return {**cost.to_json(), "top1": top1}
+
+
+def html_stages(stages: tuple[Stage, ...]) -> str:
+    """The accuracies that are known, as a notebook shows them."""
+    known = [(stage.name, f"{stage.top1:.2f}") for stage in stages if stage.top1 is not None]
+    return html_table(("stage", "top-1 %"), known) if known else ""
 
 
 def recovery_json(recovered: Recovered | None) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from convpare.data import ImageSet
 from convpare.errors import ConvpareError
 from convpare.modes import eval_mode
+from convpare.notebook import html_text
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]
 
@@ -38,6 +39,10 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return html_text(str(self))
 
 
 def evaluate(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convpare.errors import Infeasible
+from convpare.notebook import html_table
 from convpare.planning.cost import Cost
 from convpare.planning.plan import Plan
 from convpare.planning.planner import Planner
@@ -37,6 +38,12 @@ class Prospect:
             "savings": [{"of": n, **cost.to_json()} for n, cost in zip(names, self.savings, strict=True)],
         }
 
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        prices = [(metric, f"{price:.2g}") for metric, price in self.prices.items()]
+        priced = html_table(("budget", "one % more takes back of the error"), prices) if prices else ""
+        return self.plan._repr_html_() + priced
+
 
 def prospect(planner: Planner, budget: Budget, on_progress: Tell | None = None) -> Prospect:
     """A plan under `budget` with what each of its edits saves and what the budgets cost.
@@ -53,10 +60,15 @@ def prospect(planner: Planner, budget: Budget, on_progress: Tell | None = None) 
 
 @dataclass(frozen=True, eq=False)
 class TradeOff:
-    """Plans from the dense network to a budget; None with a reason where a budget is out of reach."""
+    """Plans from the dense network to a budget; None with a reason where a budget is out of reach.
+
+    Attributes:
+        before: cost of the dense network.
+    """
 
     model: str
     criterion: str
+    before: Cost
     steps: tuple[tuple[Budget, Plan | None, str], ...]
 
     @property
@@ -64,24 +76,39 @@ class TradeOff:
         """Those that there are."""
         return [made for _, made, _ in self.steps if made is not None]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "criterion": self.criterion,
-            "steps": [
-                {
-                    "requested": budget.fractions,
-                    "error": None if made is None else made.error,
-                    "plan": None if made is None else made.to_json(),
-                    "infeasible": reason or None,
-                }
-                for budget, made, reason in self.steps
-            ],
-        }
+    def to_json(self, plans: bool = True) -> dict[str, Any]:
+        """All of it, or without the plans themselves."""
+        steps = [
+            {
+                "requested": budget.fractions,
+                "achieved": None if made is None else made.achieved,
+                "error": None if made is None else made.error,
+                "infeasible": reason or None,
+                **({"plan": None if made is None else made.to_json()} if plans else {}),
+            }
+            for budget, made, reason in self.steps
+        ]
+        return {"model": self.model, "criterion": self.criterion, "before": self.before.to_json(), "steps": steps}
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        asked = list(self.steps[0][0].fractions)
+        rows = []
+        for budget, made, reason in self.steps:
+            got = [reason, "", ""] if made is None else [*_shares(made), f"{made.error:.3g}"]
+            rows.append([*(f"{fraction:.3f}" for fraction in budget.fractions.values()), *got])
+        columns = (*(f"{metric} asked" for metric in asked), "MACs", "parameters", "error")
+        return html_table(columns, rows, f"predicted errors of {self.model}, criterion {self.criterion}")
 
 
-def trade_off(planner: Planner, budget: Budget, steps: int = STEPS, on_progress: Tell | None = None) -> TradeOff:
+def trade_off(
+    planner: Planner, budget: Budget, steps: int = STEPS, on_progress: Tell | None = None, *,
+    methods: tuple[str, ...] | None = None, exclude: tuple[str, ...] = (),
+) -> TradeOff:  # fmt: skip
     """Plans at so many even steps from the dense network to `budget`.
+
+    Args:
+        methods, exclude: of `Planner.plan`.
 
     Raises:
         ConvpareError: as `Planner.plan`, but not where a budget is out of reach.
@@ -91,7 +118,11 @@ def trade_off(planner: Planner, budget: Budget, steps: int = STEPS, on_progress:
     for part in budget.approached(steps):
         tell("planning", len(found), steps)
         try:
-            found.append((part, planner.plan(part), ""))
+            found.append((part, planner.plan(part, methods=methods, exclude=exclude), ""))
         except Infeasible as reason:
             found.append((part, None, str(reason)))
-    return TradeOff(planner.graph.model, planner.statistics.criterion.name, tuple(found))
+    return TradeOff(planner.graph.model, planner.statistics.criterion.name, planner.before, tuple(found))
+
+
+def _shares(made: Plan) -> list[str]:
+    return [f"{made.achieved[metric]:.4f}" for metric in ("macs", "params")]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from convpare.compress import CompressOptions, Progress, Stage, Tester, recovery_json
+from convpare.compress import CompressOptions, Progress, Stage, Tester, html_stages, recovery_json
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
 from convpare.planning.plan import Plan
@@ -32,6 +32,10 @@ class Regained:
     def to_json(self) -> dict[str, Any]:
         stages = [stage.to_json() for stage in self.stages]
         return {"stages": stages, "recovery": recovery_json(self.recovered), "test_images": self.test_images}
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return html_stages(self.stages) + self.recovered._repr_html_()
 
 
 def regain(

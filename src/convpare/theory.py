@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from convpare.errors import ConvpareError
+from convpare.notebook import html_table
 from convpare.points import PointStore
 from convpare.redundancy.complexity import Design, Kind
 from convpare.redundancy.estimation import (
@@ -166,6 +167,17 @@ class Theory:
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
             "ranks": [asdict(rank) for rank in self.ranks],
         }  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        counts = [(r.kind, r.K, r.naive, r.sample, r.intrinsic, r.jacobian) for r in self.ranks]
+        lines = [
+            (f.kind, f.inputs, f.K, *(_plus_minus(x, 3) for x in (f.line.slope, f.line.intercept, f.line.rate)))
+            for f in self.fits
+        ]
+        return html_table(("model", "K", "naive d_#", "d_M", "dimension", "Jacobian rank"), counts) + html_table(
+            ("model", "inputs", "K", "slope", "intercept", "through 0"), lines, "error against √(d_M/n), ± 95 %"
+        )
 
     def __str__(self) -> str:
         counts = [f"{'model':<8}{'K':>2}{'naive d_#':>11}{'d_M':>6}{'gap':>6}{'dimension':>11}{'Jacobian rank':>15}"]

@@ -22,6 +22,7 @@ from convpare.graph.capture import Inputs
 from convpare.graph.structure import Graph
 from convpare.graph.trace import trace
 from convpare.jsonable import finite
+from convpare.notebook import html_table
 from convpare.points import PointStore
 from convpare.recovery.training import TrainOptions, train_
 from convpare.redundancy.cuts import cuts_of
@@ -166,6 +167,19 @@ class Truncation:
         content = asdict(self) | {"claims": asdict(self.claims)}
         found: dict[str, Any] = finite(content)
         return found
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it: what each form costs in all layers at once, and what training won back."""
+        joint = {(p.form, p.fraction): f"{p.top1:.2f}" for p in self.points if p.layer == ALL}
+        forms, fractions = dict.fromkeys(form for form, _ in joint), sorted({f for _, f in joint}, reverse=True)
+        rows = [(form, *(joint.get((form, f), "") for f in fractions)) for form in forms]
+        title = f"{self.model}: {self.base:.2f} % of {self.images:,} images before; {len(self.points):,} truncations"
+        shown = html_table(("all layers, top-1 %", *(f"{f:g}" for f in fractions)), rows, title)
+        again = [
+            (r.form, f"{r.fraction:g}", r.kind, r.epochs, f"{r.before:.2f}", f"{r.top1:.2f}") for r in self.retrained
+        ]
+        columns = ("trained again", "fraction", "as", "epochs", "before", "top-1 %")
+        return shown + (html_table(columns, again) if again else "")
 
 
 def truncate(

@@ -33,6 +33,26 @@ def test_the_page_as_json(made):
     assert all(pair["removed"] for pair in page["pairs"])
 
 
+def test_the_trade_off_is_stored_and_drawn(made, tmp_path):
+    page, sweep = tmp_path / "page.json", read_record(made.artifact).figures["sweep"]
+    assert made.run("report", made.artifact, "-o", tmp_path / "page.html", "--json", page) == 0
+    curve = json.loads(page.read_text())["curve"]
+    assert curve["points"] == [[s["achieved"]["macs"], s["achieved"]["params"], s["error"]] for s in sweep["steps"]]
+    assert len(curve["points"]) == 10 and curve["chosen"] == curve["points"][-1]
+    assert [step["requested"]["macs"] for step in sweep["steps"]] == pytest.approx([1 - n / 20 for n in range(1, 11)])
+    assert (made.artifact / "plan.json").stat().st_size < 200_000
+
+
+def test_without_a_trade_off(made, tmp_path):
+    how = ("--criterion", "l2", "--recover", "none")
+    for name, more in (("none", ("--macs", 0.5, "--no-sweep")), ("threshold", ("--threshold", 0.5))):
+        assert made.run("compress", *made.model, *how, *more, "-o", tmp_path / name) == 0
+        assert read_record(tmp_path / name).figures["sweep"] is None
+        page = tmp_path / "page.json"
+        assert made.run("report", tmp_path / name, "-o", tmp_path / "page.html", "--json", page) == 0
+        assert json.loads(page.read_text())["curve"] is None
+
+
 def test_beside_the_artifact_without_images(made, capsys):
     artifact = made.folder / "other"
     shutil.copytree(made.artifact, artifact)

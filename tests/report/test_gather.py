@@ -224,9 +224,10 @@ def test_a_trade_off_and_the_point_on_it(net):
     found = curve_of(json.loads(json.dumps(curve.to_json())), plan)
     assert [p[0] for p in found.points] == [made.achieved["macs"] for made in curve.plans]
     assert found.chosen == (plan.achieved["macs"], plan.achieved["params"], plan.error)
+    assert curve_of(curve.to_json(plans=False), plan) == found
     with pytest.raises(ConvpareError, match="another network or criterion"):
         curve_of(curve.to_json(), replace(plan, criterion="l1"))
-    for nonsense in (None, [], {}, {"criterion": "l2", "steps": [{"plan": {}, "error": "x"}]}, {"steps": 3}):
+    for nonsense in (None, [], {}, {"criterion": "l2", "steps": [{"achieved": {}, "error": "x"}]}, {"steps": 3}):
         with pytest.raises(ConvpareError, match="no sweep"):
             curve_of(nonsense, plan)
 

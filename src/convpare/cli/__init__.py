@@ -30,6 +30,7 @@ from convpare.cli.arguments import (
     RECOVERY,
     ArtifactName,
     BudgetArguments,
+    CompressionArguments,
     Count,
     CountOrNone,
     DataArguments,
@@ -72,7 +73,7 @@ from convpare.measurement import Measured, measured
 from convpare.planning.plan import load_plan
 from convpare.planning.planner import Planner, calibration_images
 from convpare.planning.settings import check_methods
-from convpare.prospect import prospect, trade_off
+from convpare.prospect import STEPS, prospect, trade_off
 from convpare.recovery.processes import OfOneProcess, current
 from convpare.redundancy.kernels import ENERGY
 from convpare.regain import regain
@@ -143,7 +144,7 @@ def compress_command(
     model: ModelName,
     /,
     *,
-    result: ResultArguments,
+    result: CompressionArguments,
     budget: BudgetArguments = BudgetArguments(),
     which: TracedModelArguments = TracedModelArguments(),
     data: TestedDataArguments = TestedDataArguments(),
@@ -158,7 +159,8 @@ def compress_command(
     settings = method.options(budget, qsfm.options(method.criterion))
     check_methods(settings, method.criterion)
     checkpoint = recovery.checkpoint(result.output)
-    options = CompressOptions(settings, recovery.options(method.seed), data.limit, method.form, checkpoint)
+    steps = STEPS if result.sweep else 0
+    options = CompressOptions(settings, recovery.options(method.seed), data.limit, method.form, checkpoint, steps)
     _check_images(data, method.criterion, recovery.recover)
     processes = current()
     with terminal.progress() as tell:

@@ -230,6 +230,19 @@ class ResultArguments:
 
 @Parameter(name="*", group=RESULT)
 @dataclass(frozen=True)
+class CompressionArguments(ResultArguments):
+    """Where the result goes, and what is kept beside it.
+
+    Attributes:
+        sweep: plan for ten budgets on the way to this one, too, and keep the trade-off for the report (of plans by
+            --threshold and in --rounds there is none)
+    """
+
+    sweep: bool = True
+
+
+@Parameter(name="*", group=RESULT)
+@dataclass(frozen=True)
 class PlanResultArguments:
     """Where a plan goes.
 

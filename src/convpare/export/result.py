@@ -1,6 +1,7 @@
 """What an export gives back, and what travels in the files beside the network."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from convpare import __version__
 from convpare.data import Preprocessing
 from convpare.errors import ConvpareError
 from convpare.jsonable import finite
+from convpare.notebook import html_table
 from convpare.planning.plan import Plan
 
 
@@ -90,6 +92,20 @@ class Exported:
 
     def to_json(self) -> dict[str, Any]:
         return finite({**vars(self), "path": str(self.path)})  # type: ignore[no-any-return]
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return html_files([self])
+
+
+def html_files(files: Sequence[Exported], top1: Sequence[float | None] = ()) -> str:
+    """What was written, as a notebook shows it."""
+    columns = ("file", "bytes", "made by", "largest difference", "images", "top-1 %")
+    rows = [
+        (f.path, f.size, f.exporter, f"{f.difference:.2g}", f.images, "" if seen is None else f"{seen:.2f}")
+        for f, seen in itertools.zip_longest(files, top1)
+    ]  # fmt: skip
+    return html_table(columns, rows)
 
 
 def size_of(path: Path) -> int:

@@ -16,9 +16,10 @@ from convpare.export.folder import export_torch, loaded
 from convpare.export.int8 import export_int8
 from convpare.export.onnx_file import export_onnx, runner
 from convpare.export.program import export_pt2
-from convpare.export.result import About, Exported
+from convpare.export.result import About, Exported, html_files
 from convpare.graph.capture import Inputs
 from convpare.jsonable import finite
+from convpare.notebook import html_text
 
 EXPORTS: Mapping[str, Callable[..., Exported]] = {"onnx": export_onnx, "pt2": export_pt2, "torch": export_torch}
 Tell = Callable[[str, int, int], None]
@@ -70,6 +71,11 @@ class Export:
             "model": self.model, "top1": self.top1[0], "test_images": self.test_images,
             "files": [{**file.to_json(), "top1": top1} for file, top1 in zip(self.files, self.top1[1:], strict=True)],
         })  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        known = "" if self.top1[0] is None else f", {self.top1[0]:.2f} % of {self.test_images:,} test images in torch"
+        return html_text(self.model + known) + html_files(self.files, self.top1[1:])
 
 
 def export(

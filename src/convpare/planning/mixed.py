@@ -36,8 +36,8 @@ class MixedModel(CostModel):
         self._ends = Ends(graph, [c.layer for c in choices], number)
         self._extra = [_extra(graph, c) for c in choices]  # (choices, metrics, 4): beyond the layer as it is
         self._taken: dict[tuple[int, int, int], np.ndarray] = {}
-        touched = [set(np.flatnonzero(column).tolist()) for column in self._slope.toarray().T]
-        self._touched = [self._ends.touched(axes) for axes in touched]  # of each group, layers that it makes narrower
+        # of each group, layers that it makes narrower
+        self._touched = [self._ends.touched(set(axes.tolist())) for axes, _ in self._columns]
 
     def with_chains(self, kept: np.ndarray, at: Sequence[int]) -> dict[str, float]:
         """The cost when groups keep so many channels and layers become these of their choices (0: as they are)."""

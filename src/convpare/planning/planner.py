@@ -89,6 +89,7 @@ class Planner:
 
     Attributes:
         graph: of the network, with merges of the merged one.
+        before: cost of the model as it was given.
         statistics: what is known of its channels and layers.
 
     Args:
@@ -116,7 +117,7 @@ class Planner:
         check_methods(options, criterion)
         self._options = replace(options, allocation=options.allocation or chosen.allocation)
         self._left = total_cost(graph, graph.keep_all())
-        self._before = count(model, example_inputs).total if self._merges else self._left
+        self.before = count(model, example_inputs).total if self._merges else self._left
         self._example = model, example_inputs
         images = _images_for(criterion, graph, data, options) if chosen.needs_images else None
         self.statistics = Statistics(whole, graph, chosen, images, options.criterion_options, options.target)
@@ -164,7 +165,7 @@ class Planner:
             criterion=self.statistics.criterion.name,
             options={**settled.to_json(), **chosen.told, **self._timed(budget, chosen), **self._held(budget, chosen)},
             requested=budget.fractions,
-            before=self._before,
+            before=self.before,
             after=planned_cost(graph, chosen.keep, chosen.factorizations),
             merges=self._merges,
             factorizations=chosen.factorizations,
@@ -216,7 +217,7 @@ class Planner:
         if not self._merges:
             return budget
         grown = {
-            metric: min(fraction * getattr(self._before, metric) / max(getattr(self._left, metric), 1), 1.0)
+            metric: min(fraction * getattr(self.before, metric) / max(getattr(self._left, metric), 1), 1.0)
             for metric, fraction in budget.fractions.items() if metric not in ("latency", "memory")
         }  # fmt: skip
         if budget.memory is not None:

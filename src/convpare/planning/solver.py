@@ -71,24 +71,19 @@ class CostModel:
         )
         positions = {layer.weight: layer.positions for layer in graph.layers}
         self._positions = np.array([positions.get(n, 0) for n in self._names], float)
-        self._affected = self._affected_parameters(graph)
+        columns = self._slope.tocsc()
+        parts = [slice(*columns.indptr[g : g + 2]) for g in range(len(graph.groups))]
+        self._columns = [(columns.indices[part], columns.data[part]) for part in parts]
+        self._affected = [np.flatnonzero(np.isin(self._axes, axes).any(axis=1)) for axes, _ in self._columns]
+        self._known = b"", np.zeros(0)  # the sizes that were asked for last
         self._times = times
         self._timed = [] if times is None else times.timed
         self._timed_ends = Ends(graph, self._timed, number)
         self._outputs = np.array([layer.outputs * _copies_of(layer) for layer in graph.layers], float)
         self._all_ends = Ends(graph, graph.layers, number)
-        touched = [set(np.flatnonzero(column).tolist()) for column in self._slope.toarray().T]
-        self._timed_touched = [self._timed_ends.touched(axes) for axes in touched]
+        self._timed_touched = [self._timed_ends.touched(set(axes.tolist())) for axes, _ in self._columns]
         self.whole = np.array([g.channels for g in graph.groups], float)
         self._dense_elements = self._elements(self._sizes(self.whole))
-
-    def _affected_parameters(self, graph: Graph) -> list[np.ndarray]:
-        slope = self._slope.tocsc()
-        found = []
-        for g in range(len(graph.groups)):
-            touched = slope.indices[slope.indptr[g] : slope.indptr[g + 1]]
-            found.append(np.flatnonzero(np.isin(self._axes, touched).any(axis=1)))
-        return found
 
     def cost(self, kept: np.ndarray) -> dict[str, float]:
         """The cost when group i keeps `kept[i]` channels."""
@@ -101,11 +96,10 @@ class CostModel:
 
     def saving(self, kept: np.ndarray, group: int, fewer: int) -> dict[str, float]:
         """What is saved when `group` keeps `fewer` channels less (negative: more)."""
-        rows = self._affected[group]
+        rows, (axes, slopes) = self._affected[group], self._columns[group]
         sizes = self._sizes(kept)
-        step = np.zeros(len(kept))
-        step[group] = fewer
-        left = sizes - self._slope @ step
+        left = sizes.copy()
+        left[axes] -= slopes * fewer
         layers = self._timed_touched[group]
         before = self._sum(sizes, rows) | self._latency(sizes, layers)
         after = self._sum(left, rows) | self._latency(left, layers)
@@ -124,7 +118,10 @@ class CostModel:
         return float(self._outputs @ self._all_ends.of(sizes)[:, 1])
 
     def _sizes(self, kept: np.ndarray) -> np.ndarray:
-        return np.asarray(self._fixed + self._slope @ kept)
+        counts = kept.tobytes()
+        if counts != self._known[0]:
+            self._known = counts, np.asarray(self._fixed + self._slope @ kept)
+        return self._known[1]
 
     def _sum(self, sizes: np.ndarray, rows: np.ndarray) -> dict[str, float]:
         numel = self._constant[rows] * sizes[self._axes[rows]].prod(axis=1)
@@ -348,8 +345,9 @@ def _fill(allocation: Allocation, pinned: int | None = None) -> None:
     """
     shrunk = set(np.flatnonzero(allocation.at).tolist()) - {pinned}
     while shrunk:
-        cost = allocation.model.cost(allocation.kept)
-        refunds = {g: _refund(allocation, g, cost) for g in shrunk}
+        kept = allocation.kept
+        cost = allocation.model.cost(kept)
+        refunds = {g: _refund(allocation, g, kept, cost) for g in shrunk}
         shrunk = {g for g, gain in refunds.items() if gain is not None}  # what does not fit now never will again
         if shrunk:
             g = max(shrunk, key=lambda g: refunds[g] or 0.0)
@@ -360,11 +358,11 @@ def _fill(allocation: Allocation, pinned: int | None = None) -> None:
         _fill(allocation)
 
 
-def _refund(allocation: Allocation, g: int, cost: Mapping[str, float]) -> float | None:
+def _refund(allocation: Allocation, g: int, kept: np.ndarray, cost: Mapping[str, float]) -> float | None:
     """The error that one level more of `g` takes back per cost, or None where it does not fit."""
     now, up = allocation.at[g], allocation.at[g] - 1
     more = allocation.levels[g][up] - allocation.levels[g][now]
-    saved = allocation.model.saving(allocation.kept, g, -more)
+    saved = allocation.model.saving(kept, g, -more)
     if any(cost[m] - saved[m] > limit for m, limit in allocation.limits.items()):
         return None
     share = sum(-saved[m] / max(limit, 1) for m, limit in allocation.limits.items())

@@ -13,6 +13,7 @@ from convpare.apply import graph_for, merged_for, plan_of
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
 from convpare.graph.surgery import removed
+from convpare.notebook import html_table
 from convpare.planning.plan import Plan
 from convpare.planning.planner import calibration_images
 from convpare.recovery.batch_norm import norms_of, recalibrate_
@@ -71,6 +72,13 @@ class Recovered:
     images: int
     fitted: Fitted | None
     tuned: Tuned | None = None
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        rows = [(name, f"{error:.3g}") for name, error in self.errors.items()]
+        title = f"recovery: {self.method}, from {self.images:,} images"
+        trained = "" if self.tuned is None else self.tuned._repr_html_()
+        return html_table(("tried", "relative output error"), rows, title) + trained
 
 
 def recover(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
+from convpare.notebook import html_text
 from convpare.recovery.checkpoint import read_checkpoint
 from convpare.recovery.objectives import CrossEntropy, Imitation
 from convpare.recovery.outputs import outputs, relative_error
@@ -115,6 +116,10 @@ class Tuned:
             "relative_output_error": list(self.errors),
             "seconds": round(self.seconds, 3),
         }
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return html_text(f"training: {self}")
 
 
 def tune(

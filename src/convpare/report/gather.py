@@ -224,11 +224,9 @@ def curve_of(sweep: object, plan: Plan | None = None) -> Curve:
     try:
         data = mapping(sweep)
         criterion = text(data["criterion"])
-        plans = [
-            (mapping(step["plan"]), real(step["error"])) for step in items(data["steps"]) if step["plan"] is not None
-        ]
-        points = [(*_achieved(made), error) for made, error in plans]
-        before = [count(mapping(made["before"])["macs"]) for made, _ in plans]
+        steps = [step for step in items(data["steps"]) if step["achieved"] is not None]
+        points = [(*_shares(mapping(step["achieved"])), real(step["error"])) for step in steps]
+        macs = count(mapping(data["before"])["macs"])
         chosen = None if plan is None else (plan.achieved["macs"], plan.achieved["params"], real(plan.error))
     except MALFORMED as error:
         raise ConvpareError(
@@ -237,7 +235,7 @@ def curve_of(sweep: object, plan: Plan | None = None) -> Curve:
         ) from error
     if plan is None:
         return Curve(criterion, tuple(points), None)
-    if criterion != plan.criterion or any(macs != plan.before.macs for macs in before):
+    if criterion != plan.criterion or macs != plan.before.macs:
         raise ConvpareError(
             f"the sweep is of another network or criterion ({criterion}) than the plan ({plan.criterion}, "
             f"{plan.before.macs:,} MACs); their errors do not compare"
@@ -245,8 +243,7 @@ def curve_of(sweep: object, plan: Plan | None = None) -> Curve:
     return Curve(criterion, tuple(points), chosen)
 
 
-def _achieved(plan: Mapping[str, Any]) -> tuple[float, float]:
-    achieved = mapping(plan["achieved"])
+def _shares(achieved: Mapping[str, Any]) -> tuple[float, float]:
     return real(achieved["macs"]), real(achieved["params"])
 
 
