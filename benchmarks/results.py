@@ -77,7 +77,7 @@ def command(line: str) -> Callable[[], dict[str, Any]]:
     def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             found = f"{folder}/result.json"
-            saved = f"-o {folder}/out" if line.startswith("compress") else ""
+            saved = f"-o {folder}/out --no-sweep" if line.startswith("compress") else ""
             filled = line.format(shared=os.environ["CONVPARE_SHARED"])
             with contextlib.suppress(SystemExit):  # a failed command leaves no file, which the next line reports
                 main([*filled.split(), *saved.split(), "--json", found])

@@ -1,5 +1,6 @@
 """The main job in one call: plan, apply, check, recover, and what it cost."""
 
+import reprlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from convpare.jsonable import finite
 from convpare.notebook import html_table
 from convpare.planning.cost import Cost
 from convpare.planning.latency import timed_beside
+from convpare.planning.layer_times import Target
 from convpare.planning.plan import Plan
 from convpare.planning.planner import Planner
 from convpare.planning.settings import PlanOptions
@@ -27,6 +29,7 @@ from convpare.prospect import TradeOff, trade_off
 from convpare.recovery import TUNINGS, Recovered, RecoverOptions, recover_with, tuned
 from convpare.recovery.processes import current
 
+_TARGETS = [{"runtime": str, "batch": int, "threads": threads} for threads in (int, type(None))]
 ATTEMPTS = 5  # plans that are measured against a budget of latency
 
 Progress = Callable[[str, int, int], None]
@@ -180,7 +183,7 @@ def carry_through(
     options: CompressOptions = CompressOptions(),
     on_progress: Progress | None = None,
 ) -> Compression:
-    """As `compress`, by a plan that is there. The given model is untouched.
+    """As `compress`, by a plan that is there. The given model is untouched. A budget of latency is measured, not met.
 
     Args:
         options: of recovery and of the test images; the plan has its own form.
@@ -192,14 +195,30 @@ def carry_through(
     recovery = _wanted(options, data)
     tell = on_progress or (lambda *_: None)
     started = time.perf_counter()
+    target = _target_of(plan) if "latency" in plan.requested else None
     tell("surgery and self-check", 0, 1)
     small, check = carry_out(model, plan, data)
     assert check is not None
     made = plan_of(small)  # with its cost made true
     assert made is not None
     found = _Try((), made, small, check, (), (time.perf_counter() - started, 0.0))
+    if target is not None:
+        tell("measuring latency", 0, 1)
+        timed = current().once(lambda: tuple(timed_beside([model, small], made.inputs, target)))
+        found = replace(found, latency=timed)
     best = _trained(_recovered(found, model, data, recovery, tell), model, data, options, tell)
     return _measured(model, _Choice(best), data, options.test_limit, tell)
+
+
+def _target_of(plan: Plan) -> Target:
+    """Where a network is to run whose plan has a budget of latency."""
+    found = plan.options.get("target")
+    if not isinstance(found, dict) or {key: type(value) for key, value in found.items()} not in _TARGETS:
+        raise ConvpareError(
+            f"the plan has a budget of latency, but its target is {reprlib.repr(found)}; expected the name of a "
+            "runtime, and numbers of batch and threads (null: as they are)"
+        )
+    return Target(**found)
 
 
 def _wanted(options: CompressOptions, data: Data | ImageSet | Tensor | None) -> RecoverOptions | None:
@@ -287,7 +306,7 @@ def _carried_out(model: nn.Module, planner: Planner, budget: Budget, methods: tu
         found = _Try(methods, made, small, check, excluded, (0.0, 0.0))
         if budget.latency is not None:
             tell("measuring latency", 0, 1)
-            found = replace(found, latency=tuple(timed_beside([model, small], planner.graph, planner.target)))
+            found = replace(found, latency=tuple(timed_beside([model, small], made.inputs, planner.target)))
             attempts += 1
             if found.slowness > budget.latency:
                 wanted = _tighter(wanted, budget.latency, found, attempts)

@@ -290,6 +290,8 @@ def show_compression(done: Compression, figures: Measured, output: Path, note: s
         old, new = done.latency
         show(f"latency under the budget of × {plan.requested['latency']:g}: {old:.3f} → {new:.3f} ms "
              f"({_ratio(new, old)}), measured in turn, {_target(plan)}")  # fmt: skip
+        if new > plan.requested["latency"] * old:
+            warn("it is slower than the budget asks for; compress makes plans anew until it is met")
     if done.stages[0].top1 is not None:
         show(f"accuracy: of {done.test_images:,} test images")
     if note is not None:

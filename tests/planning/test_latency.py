@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import convpare
-from convpare.compress import CompressOptions, compress
+from convpare.compress import CompressOptions, carry_through, compress
 from convpare.errors import ConvpareError, Infeasible
 from convpare.factorize.edit import Factorize
 from convpare.graph import trace
+from convpare.measurement import measured
 from convpare.planning import latency, statistics
 from convpare.planning.cost import planned_cost
 from convpare.planning.latency import NetworkTimes, timed_beside
@@ -25,6 +26,7 @@ from convpare.planning.mixed import MixedModel
 from convpare.planning.planner import Planner
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
+from convpare.terminal import show_compression
 
 X = torch.zeros(1, 3, 8, 8)
 IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -54,7 +56,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
     def install(measure: Any) -> None:
         monkeypatch.setattr(statistics, "cached", lambda target, device: LayerTimes(target, device, measure=measure))
-        monkeypatch.setattr(latency, "timed_beside", lambda models, graph, target: [WHOLE] * len(models))
+        monkeypatch.setattr(latency, "timed_beside", lambda models, inputs, target: [WHOLE] * len(models))
 
     return install
 
@@ -199,25 +201,55 @@ def test_steps_of_the_machine_are_followed(machine: Callable[[Any], None]):
 def test_compress_meets_what_is_measured(machine: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch):
     """The network is slower than predicted: the plan is made anew with less, until the clock says so."""
     machine(lambda *given: 1000 * by_macs(*given))
-    measured = []
+    shares = []
 
     def clock(models: list[nn.Module], graph: Any, target: Target) -> list[float]:
         assert target == Target("eager", 4, 1)
         share = convpare.count(models[1], X).total.macs / convpare.count(models[0], X).total.macs
-        measured.append(min(1.0, 1.3 * share))
-        return [WHOLE, WHOLE * measured[-1]]
+        shares.append(min(1.0, 1.3 * share))
+        return [WHOLE, WHOLE * shares[-1]]
 
     monkeypatch.setattr(compress_module, "timed_beside", clock)
     options = CompressOptions(PlanOptions(images=64, scope="all", latency=0.6, target=Target("eager", 4, 1)), None)
     done = compress(net(), X, IMAGES, criterion="reconstruction", options=options)
-    assert len(measured) > 1
-    assert measured[-1] <= 0.6 < measured[0]
+    assert len(shares) > 1
+    assert shares[-1] <= 0.6 < shares[0]
     assert done.plan.requested == {"latency": 0.6}
     assert done.to_json()["latency"] == {"runtime": "eager", "batch": 4, "threads": 1, "ms": list(done.latency)}
-    assert done.latency == (WHOLE, WHOLE * measured[-1])
+    assert done.latency == (WHOLE, WHOLE * shares[-1])
     monkeypatch.setattr(compress_module, "timed_beside", lambda *_: [WHOLE, 0.9 * WHOLE])
     with pytest.raises(Infeasible, match=r"latency 0\.6 was asked for; 5 plans .* the last takes 0\.900"):
         compress(net(), X, IMAGES, criterion="reconstruction", options=options)
+
+
+def test_a_plan_that_is_applied_is_timed_where_it_is_to_run(
+    machine: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    target = Target("eager", 4, 1)
+    making = planner(machine, lambda *given: 1000 * by_macs(*given), latency=0.6, target=target)
+    plan = making.plan(Budget())
+    asked = []
+
+    def clock(models: list[nn.Module], inputs: Any, target: Target) -> list[float]:
+        asked.append((len(models), inputs, target))
+        return [WHOLE, 0.7 * WHOLE]
+
+    monkeypatch.setattr(compress_module, "timed_beside", clock)
+    bare = CompressOptions(recover=None)
+    done = carry_through(net(), plan, options=bare)
+    assert asked == [(2, (tuple(X.shape),), target)]
+    assert done.latency == (WHOLE, 0.7 * WHOLE)
+    assert done.to_json()["latency"] == {"runtime": "eager", "batch": 4, "threads": 1, "ms": [WHOLE, 0.7 * WHOLE]}
+    show_compression(done, measured(net(), done, X), Path("out"), None)
+    told = capsys.readouterr()
+    assert "latency under the budget of × 0.6" in told.out
+    assert "slower than the budget asks for" in told.err
+    for bad in (None, [], {"runtime": "eager"}, {"runtime": "eager", "batch": True, "threads": None}):
+        edited = replace(plan, options={**plan.options, "target": bad})
+        with pytest.raises(ConvpareError, match="a budget of latency, but its target is"):
+            carry_through(net(), edited, options=bare)
+    without = replace(plan, requested={"macs": 0.9})
+    assert carry_through(net(), without, options=bare).latency == ()
 
 
 def test_real_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -231,7 +263,7 @@ def test_real_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(list(tmp_path.iterdir())) == 1
     assert making.statistics.times.untimed == ()
     graph = trace(net(), X)
-    assert all(x > 0 for x in timed_beside([net(), net()], graph, Target(batch=3, threads=1), 0.0))
+    assert all(x > 0 for x in timed_beside([net(), net()], graph.inputs, Target(batch=3, threads=1), 0.0))
 
 
 def test_layers_that_are_no_plain_modules_are_in_the_rest(machine: Callable[[Any], None]):

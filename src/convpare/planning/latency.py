@@ -49,7 +49,7 @@ class NetworkTimes:
     def __post_init__(self) -> None:
         self._modules = {layer.name: _plain(self.model, layer) for layer in self.graph.layers}
         self.untimed = tuple(name for name, module in self._modules.items() if module is None)
-        (self.whole,) = timed_beside([self.model], self.graph, self.times.target)
+        (self.whole,) = timed_beside([self.model], self.graph.inputs, self.times.target)
         sizes = {layer.name: _sizes(self.graph, layer, self.graph.keep_all()) for layer in self.graph.layers}
         alone = sum(self.of(layer, None, *sizes[layer.name], scaled=False) for layer in self.timed)
         self.scale = min(1.0, self.whole / alone) if alone else 1.0
@@ -146,18 +146,20 @@ def _sizes(graph: Graph, layer: Layer, keep: np.ndarray) -> tuple[int, int]:
     return len(graph.kept(layer.into, keep)), len(graph.kept(layer.out, keep))
 
 
-def timed_beside(models: Sequence[nn.Module], graph: Graph, target: Target, seconds: float = SECONDS) -> list[float]:
-    """Median milliseconds of networks with the same inputs, in turn, where and how they are to run; on noise."""
+def timed_beside(
+    models: Sequence[nn.Module], inputs: Sequence[tuple[int, ...]], target: Target, seconds: float = SECONDS
+) -> list[float]:
+    """Median milliseconds of networks in turn, where and how they are to run, on noise in the shapes of `inputs`."""
     generator = torch.Generator().manual_seed(0)
     like = next((p for p in models[0].parameters() if p.is_floating_point()), torch.zeros(1))
-    inputs = [
-        torch.randn((target.batch * shape[0] // graph.inputs[0][0], *shape[1:]), generator=generator).to(like)
-        for shape in graph.inputs
+    noise = [
+        torch.randn((target.batch * shape[0] // inputs[0][0], *shape[1:]), generator=generator).to(like)
+        for shape in inputs
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(target.cores))
         for model in models:
             stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
-        times = in_turn([ready(target.runtime, model, inputs) for model in models], seconds, like.device)
+        times = in_turn([ready(target.runtime, model, noise) for model in models], seconds, like.device)
     return [float(x) for x in np.median(times, axis=0)]
