@@ -53,6 +53,22 @@ def test_many_options_to_a_proven_gap():
     assert (sum(c[i] for c, i in zip(costs, found.at, strict=True)) <= np.asarray(limits)).all()
 
 
+def test_solvers_do_not_print(capfd: pytest.CaptureFixture[str]):
+    """Where options are near each other the solver's presolve finds choices beyond the limits, and says so."""
+    rng = np.random.default_rng(0)
+    for share in np.linspace(0.2, 0.8, 7):
+        costs = [-np.linspace(0, 10**6, 40)[:, None] * rng.uniform(0.5, 1.5) for _ in range(40)]
+        errors = [np.linspace(0, 1, 40) ** 2 * rng.exponential() for _ in costs]
+        found = choose(costs, errors, [share * float(sum(c.min() for c in costs))])
+        assert found.gap <= 1e-5
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_limit_the_least_error():
+    found = choose([np.zeros((3, 0)), np.zeros((2, 0))], [np.array([3.0, 1.0, 2.0]), np.array([0.5, 4.0])], [])
+    assert (found.at, found.error, found.bound) == ((1, 0), 1.5, 1.5)
+
+
 def test_nothing_to_choose():
     assert choose([], [], [3.0]).at == ()
     with pytest.raises(ConvpareError, match="exceeded already"):

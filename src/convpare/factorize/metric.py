@@ -59,24 +59,27 @@ class Metric:
 
     def cost(self, change: Kernel) -> float:
         """tr(F E H Eᵀ) of a change E of the kernel."""
-        pairs = self.outputs_of(Kernel(change.tensor.double()))
-        return float((pairs * self._weights(pairs)).sum())
+        change = Kernel(change.tensor.double())
+        if self.outputs is not None:
+            return float((self.outputs_of(change) * self.outputs.double()).sum())
+        rows, inputs = self._rows(change)
+        return float(((rows @ inputs) * rows).sum())
 
     def outputs_of(self, kernel: Kernel) -> Tensor:
         """E H Eᵀ, the second moment of a kernel's outputs; (groups, o, o)."""
-        tensor = kernel.tensor
-        groups, out, into, *spatial = tensor.shape
-        inputs = self.inputs.to(tensor.dtype)
-        if self.inputs.shape[1] == into != into * math.prod(spatial):  # transposed: position by position
-            apart = tensor.flatten(3).permute(0, 3, 1, 2)
-            return (apart @ inputs[:, None] @ apart.mT).sum(1)
-        flat = tensor.reshape(groups, out, -1)
-        return flat @ inputs @ flat.mT
+        rows, inputs = self._rows(kernel)
+        return (rows @ inputs @ rows.mT).sum(1)
 
-    def _weights(self, pairs: Tensor) -> Tensor:
-        if self.outputs is not None:
-            return self.outputs.double()
-        return torch.eye(pairs.shape[1], dtype=torch.float64, device=pairs.device)
+    def _rows(self, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        """What makes an output of inputs of which H is known, (groups, positions, o, n); and H, (groups, 1, n, n).
+
+        Of a transposed convolution H is of single positions.
+        """
+        tensor, size = kernel.tensor, self.inputs.shape[1]
+        inputs = self.inputs.to(tensor.dtype)[:, None]
+        if size == tensor[0, 0].numel():
+            return tensor.flatten(2)[:, None], inputs
+        return tensor.flatten(3).permute(0, 3, 1, 2), inputs
 
     def marginal(self, kernel: Kernel, axes: tuple[int, ...]) -> Tensor:
         """The second moment of what a part of the kernel sees: i and the spatial `axes`; (groups, size, size).

@@ -96,7 +96,12 @@ class TwoFactors(Form):
         """What each direction is worth, falling: `fit_to` loses the sum of those after its rank; (b, ranks)."""
         self._check_metric(transposed)
         if self._outputs_alone:
-            values: Tensor = torch.linalg.eigvalsh(self._output_moment(kernel, metric))
+            weighing, rows = metric.outputs_root, kernel.tensor.flatten(2)
+            rows = rows if weighing is None else weighing.root @ rows
+            if rows.shape[1] > rows.shape[2]:  # as few outputs as make the same squares
+                rows = torch.linalg.qr(rows, mode="r").R
+            moment = metric.outputs_of(Kernel(rows.reshape(*rows.shape[:2], *kernel.tensor.shape[2:])))
+            values: Tensor = torch.linalg.eigvalsh(moment)
             return values.clamp_min(0).flip(-1)
         white = self._whitening(kernel, metric).whiten(kernel)
         return energies(white.unfold(self.cut))

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, vstack
 
 from convpare.errors import Infeasible
 
 GAP = 1e-6  # relative, at which the search ends
+SLACK = 1e-9  # of the largest error: a rounding of the relaxed problem
+LARGE = 1e3  # what costs and limits are scaled to: the solver's tolerance of 1e-6 is then a billionth of them
 SECONDS = 30.0  # after which the best choice so far is taken
 
 
@@ -43,6 +45,10 @@ def choose(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Se
         if any(limit < 0 for limit in limits):
             raise Infeasible("infeasible: there is nothing to choose from, and the budgets are exceeded already")
         return Choice((), 0.0, 0.0)
+    if not limits:
+        least = tuple(int(e.argmin()) for e in errors)
+        error = float(sum(e.min() for e in errors))
+        return Choice(least, error, error)
     strict = np.asarray(limits, float)
     for tightened in (0.0, 2e-6, 1e-5):  # what the solver takes for within a limit may be above it by a rounding
         at, bound = _solved(costs, errors, strict - tightened * np.abs(strict))
@@ -58,23 +64,74 @@ def _solved(
     costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray
 ) -> tuple[tuple[int, ...], float]:
     """The choice, and a bound on the error of all."""
-    counts = [len(e) for e in errors]
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    one_each = csr_array((np.ones(starts[-1]), (np.repeat(np.arange(len(counts)), counts), np.arange(starts[-1]))))
-    scale = np.maximum(np.abs(limits), 1.0)
-    spent = csr_array(np.concatenate(costs).T / scale[:, None])
-    objective = np.concatenate(errors)
-    unit = max(float(objective.max()), 1e-300)
-    low = np.concatenate([np.ones(len(counts)), np.full(len(limits), -np.inf)])
-    high = np.concatenate([np.ones(len(counts)), limits / scale])
-    found = milp(
-        objective / unit,
-        constraints=LinearConstraint(vstack([one_each, spent]), low, high),
+    scale = np.maximum(np.max([np.abs(c).max(0) for c in costs], 0), np.maximum(np.abs(limits), 1.0)) / LARGE
+    unit = max(*(float(e.max()) for e in errors), 1e-300)
+    costs, errors, limits = [c / scale for c in costs], [e / unit for e in errors], limits / scale
+    left = _worthwhile(costs, errors, limits)
+    costs, errors = ([x[i] for x, i in zip(given, left, strict=True)] for given in (costs, errors))
+    one_each, spent, starts = _rows(costs)
+    things = np.ones(len(errors))
+    found = milp(  # without its presolve, which has more solutions outside the limits, and prints when it repairs one
+        np.concatenate(errors),
+        constraints=LinearConstraint(
+            vstack([one_each, spent]), [*things, *np.full(len(limits), -np.inf)], [*things, *limits]
+        ),
         integrality=np.ones(starts[-1]),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
     )
     if found.x is None:
         raise Infeasible(f"infeasible: no choice is within the budgets ({found.message})")
-    at = tuple(int(np.argmax(found.x[a:b])) for a, b in itertools.pairwise(starts))
+    at = tuple(int(own[np.argmax(found.x[a:b])]) for own, (a, b) in zip(left, itertools.pairwise(starts), strict=True))
     return at, -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound) * unit
+
+
+def _worthwhile(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray) -> list[np.ndarray]:
+    """The options of each thing that a best choice may hold.
+
+    The relaxed problem bounds the error of all choices from below, and with its prices of those that hold an option,
+    too; rounded to the cheaper of the options that it mixes it is a choice, and what is above that cannot be best.
+    """
+    one_each, spent, starts = _rows(costs)
+    relaxed = linprog(
+        np.concatenate(errors), A_ub=spent, b_ub=limits, A_eq=one_each, b_eq=np.ones(len(errors)), bounds=(0, 1)
+    )
+    if relaxed.x is None:
+        raise Infeasible(f"infeasible: no choice is within the budgets ({relaxed.message})")
+    shares = [relaxed.x[a:b] for a, b in itertools.pairwise(starts)]
+    mixed = [np.flatnonzero(x > x.max() / 1e6) for x in shares]
+    rounded = [own[c[own].max(1).argmin()] for own, c in zip(mixed, costs, strict=True)]
+    room = limits - sum(c[i] for c, i in zip(costs, rounded, strict=True))
+    if (room < 0).any():
+        return [np.arange(len(e)) for e in errors]
+    known = _filled(costs, errors, rounded, room)
+    prices = -relaxed.ineqlin.marginals
+    priced = [e + c @ prices for c, e in zip(costs, errors, strict=True)]
+    bound = sum(p.min() for p in priced) - prices @ limits
+    return [np.flatnonzero(p - p.min() <= known - bound + SLACK) for p in priced]
+
+
+def _filled(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], at: Sequence[int], room: np.ndarray) -> float:
+    """The error of all when things that can take a better option within the room that is left do so, the one that
+    gains most first.
+    """
+    at = list(at)
+    while True:
+        best = [
+            (float(e[i] - e[fitting].min()), n, int(fitting[e[fitting].argmin()]))
+            for n, (c, e, i) in enumerate(zip(costs, errors, at, strict=True))
+            if (fitting := np.flatnonzero((c - c[i] <= room).all(1))).size
+        ]
+        gain, n, option = max(best)
+        if gain <= 0:
+            return float(sum(e[i] for e, i in zip(errors, at, strict=True)))
+        room = room - (costs[n][option] - costs[n][at[n]])
+        at[n] = option
+
+
+def _rows(costs: Sequence[np.ndarray]) -> tuple[csr_array, csr_array, np.ndarray]:
+    """The matrices of "one option of each thing" and of what options cost, and where things start in their columns."""
+    counts = [len(c) for c in costs]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    one_each = csr_array((np.ones(starts[-1]), (np.repeat(np.arange(len(counts)), counts), np.arange(starts[-1]))))
+    return one_each, csr_array(np.concatenate(costs).T), starts
