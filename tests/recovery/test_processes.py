@@ -304,7 +304,9 @@ def test_a_process_with_other_images_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "current", lambda: Processes(1, 2))
     about = {"options": {}, "images": [40, 1, 8, 8], "labels": True, "shapes": {}}
     monkeypatch.setattr(Processes, "once", lambda *_: ({}, about))
-    with pytest.raises(OfOneProcess, match=r"process 2 of 2: its options and images and shapes are not the main"):
+    with pytest.raises(
+        OfOneProcess, match=r"process 2 of 2: its options and objective and images and shapes are not the main"
+    ):
         train_(odd(0), *digits(20), UNEVEN)
 
 

@@ -14,6 +14,7 @@ from convpare.data import Data
 from convpare.errors import ConvpareError
 from convpare.evaluation import evaluate
 from convpare.recovery import RecoverOptions, recover_with, training, tuning
+from convpare.recovery.features import Features, heard
 from convpare.recovery.tuning import USUAL, TuneOptions, suitable, tune
 
 FEW = TuneOptions(epochs=2, images=200)
@@ -122,8 +123,31 @@ def test_another_way_does_not_go_on_where_one_was_stopped(
     small: nn.Module, teacher: nn.Module, digits: Data, tmp_path: Path
 ):
     tune(small, teacher, digits, options=FEW, checkpoint=tmp_path / "state")
-    with pytest.raises(ConvpareError, match="of a training with other labels"):
+    with pytest.raises(ConvpareError, match="of a training with other objective and labels"):
         tune(small, teacher, digits, labels=True, options=FEW, checkpoint=tmp_path / "state")
+
+
+def test_other_features_do_not_go_on_either(small: nn.Module, teacher: nn.Module, digits: Data, tmp_path: Path):
+    tune(small, teacher, digits, options=FEW, checkpoint=tmp_path / "state")
+    with pytest.raises(ConvpareError, match=r"of a training with other objective;"):
+        tune(small, teacher, digits, options=replace(FEW, features=0.5), checkpoint=tmp_path / "state")
+
+
+def test_blocks_are_imitated_where_that_is_wanted(teacher: nn.Module, digits: Data):
+    """On images that nothing was trained on blocks come nearer to the original's."""
+    options = convpare.PlanOptions(scope="inner")
+    plan = convpare.plan(teacher, torch.zeros(1, 1, 8, 8), macs=0.6, criterion="l2", options=options)
+    small, images = convpare.apply(teacher, plan), digits.evaluation.tensor()
+    shared = Features.shared(teacher, small, images)
+    assert shared.names
+
+    def error(model: nn.Module) -> float:
+        with torch.no_grad(), heard(teacher.eval(), shared.names) as wanted, heard(model.eval(), shared.names) as got:
+            teacher(images), model(images)
+        return float(shared.error(got, wanted)) / len(images)
+
+    found = [error(tune(small, teacher, digits, options=replace(FEW, features=x)).model) for x in (0.0, 3.0)]
+    assert found[1] < found[0] < error(small)
 
 
 def _stepping(*_, on_step, **__):

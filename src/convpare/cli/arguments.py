@@ -18,6 +18,7 @@ from convpare.planning.layer_times import Target
 from convpare.planning.settings import PlanOptions
 from convpare.planning.solver import Budget
 from convpare.recovery import TUNINGS, LeastSquares, RecoverOptions, TrainOptions, TuneOptions
+from convpare.recovery.objectives import FEATURES
 from convpare.recovery.processes import current, several
 from convpare.truncate import FRACTIONS, TruncateOptions
 
@@ -453,6 +454,7 @@ class RecoveryArguments:
         train_images: of training; default: all training images
         lr: of training: the highest learning rate
         batch_size: of training
+        features: of training: what the outputs of blocks count beside those of the network; default: 3
     """
 
     recover: Literal["calibrate", "least-squares", "batch-norm", "distill", "finetune", "none"] = "calibrate"
@@ -463,9 +465,11 @@ class RecoveryArguments:
     train_images: CountOrNone = None
     lr: float | None = None
     batch_size: CountOrNone = None
+    features: float | None = None
 
     def options(self, seed: int) -> RecoverOptions | None:
-        given = [n for n in ("epochs", "minutes", "train_images", "lr", "batch_size") if getattr(self, n) is not None]
+        of_training = ("epochs", "minutes", "train_images", "lr", "batch_size", "features")
+        given = [n for n in of_training if getattr(self, n) is not None]
         if given and self.recover not in TUNINGS:
             raise ConvpareError(f"{option(given[0])} is about training: give it with --recover distill or finetune")
         if several() and self.recover not in TUNINGS:
@@ -475,7 +479,8 @@ class RecoveryArguments:
             )
         if self.recover == "none":
             return None
-        tune = TuneOptions(self.epochs, self.minutes, self.train_images, self.lr, self.batch_size)
+        features = FEATURES if self.features is None else self.features
+        tune = TuneOptions(self.epochs, self.minutes, self.train_images, self.lr, self.batch_size, features)
         return RecoverOptions(self.recover, self.recover_images, seed, LeastSquares(samples=self.samples), tune)
 
     def checkpoint(self, output: Path) -> Path | None:

@@ -335,8 +335,10 @@ class _Run:
 
     def _signature(self) -> dict[str, Any]:
         shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
-        images, labels = list(self.images.shape), self.labels is not None
-        return {"options": asdict(self.options), "images": images, "labels": labels, "shapes": shapes}
+        return {
+            "options": asdict(self.options), "objective": self.objective.to_json(), "images": list(self.images.shape),
+            "labels": self.labels is not None, "shapes": shapes,
+        }  # fmt: skip
 
     def _different(self, about: dict[str, Any]) -> list[str]:
         """What another training has otherwise."""

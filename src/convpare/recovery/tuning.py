@@ -15,7 +15,7 @@ from convpare.data import Data, ImageSet
 from convpare.errors import ConvpareError
 from convpare.notebook import html_text
 from convpare.recovery.checkpoint import read_checkpoint
-from convpare.recovery.objectives import CrossEntropy, Imitation
+from convpare.recovery.objectives import FEATURES, CrossEntropy, Imitation
 from convpare.recovery.outputs import outputs, relative_error
 from convpare.recovery.processes import current
 from convpare.recovery.training import EpochRecord, TrainOptions, augmented, train_
@@ -41,6 +41,7 @@ class TuneOptions:
         images: how many are used, at most; None: all training images.
         lr: the highest learning rate; None: that of `training`.
         batch_size: images in a step; None likewise.
+        features: what the error of features counts beside that of the outputs; 0: outputs alone.
         training: all else; None: `USUAL`, in bfloat16 where the processor is made for it, with those crops and mirror
             images that the original takes for the same pictures.
 
@@ -53,6 +54,7 @@ class TuneOptions:
     images: int | None = None
     lr: float | None = None
     batch_size: int | None = None
+    features: float = FEATURES
     training: TrainOptions | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class TuneOptions:
             raise ConvpareError(f"minutes is {self.minutes}; expected a number above 0")
         if self.images is not None and self.images < 2:
             raise ConvpareError(f"images is {self.images}; expected 2 or more")
+        if not 0 <= self.features < math.inf:
+            raise ConvpareError(f"features is {self.features}; expected a number of 0 or more")
         self.over(self.training or USUAL)
 
     def over(self, training: TrainOptions) -> TrainOptions:
@@ -164,7 +168,8 @@ def tune(
     processes.follow_(teacher)
     shown = images[:SHOWN].to(place)
     training = processes.once(lambda: replace(options.over(options.training or suitable(teacher, shown)), seed=seed))
-    objective = Imitation.of(teacher, images, None if wanted is None else CrossEntropy(int(wanted.max()) + 1))
+    supervised = None if wanted is None else CrossEntropy(int(wanted.max()) + 1)
+    objective = Imitation.of(teacher, images, supervised, student, options.features)
     training, count = _within(student, images, wanted, training, objective, options, checkpoint)
     images, wanted = images[:count], None if wanted is None else wanted[:count]
     reference = outputs(teacher, held)
