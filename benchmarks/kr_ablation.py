@@ -34,7 +34,6 @@ from convpare.recovery.training import TrainOptions, train_
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIOS = (1, 2, 4, 8)
-EQUAL_RATIOS = (1, 2, 3, 4, 6, 8)
 INVERTED_RATIOS = (Fraction(1, 6), Fraction(1, 2), 1, 2)
 TRAIN_SHOWN = 10_000  # training images that the finished network is shown, without augmentation
 
@@ -49,7 +48,7 @@ class Sweep:
 
     anchor: Design
     fixed: tuple[int | Fraction, ...] = RATIOS
-    equal: tuple[int | Fraction, ...] = EQUAL_RATIOS
+    equal: tuple[int | Fraction, ...] = RATIOS
     lean: Fraction = Fraction(2)
     bf16: bool = False
 

@@ -27,8 +27,8 @@ from convpare.truncate import TruncateOptions, Truncation, truncate
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("CONVPARE_SHARED", ROOT.parent / "shared"))
-AGAIN = TrainOptions(epochs=3, lr=0.01, schedule="cosine", crop=4, flip=True)
-FROM_SCRATCH = TrainOptions(epochs=12, lr=0.05, crop=4, flip=True)
+AGAIN = TrainOptions(epochs=3, lr=0.01, schedule="cosine", crop=4, flip=True, bf16=True)
+FROM_SCRATCH = TrainOptions(epochs=12, lr=0.05, crop=4, flip=True, bf16=True)
 
 
 @dataclass(frozen=True)
