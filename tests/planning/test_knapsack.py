@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convpare.errors import ConvpareError
-from convpare.planning.knapsack import choose
+from convpare.errors import ConvpareError, Infeasible
+from convpare.planning.knapsack import choose, estimated
 
 
 def brute(costs: list[np.ndarray], errors: list[np.ndarray], limits: list[float]) -> float | None:
@@ -51,6 +51,33 @@ def test_many_options_to_a_proven_gap():
     found = choose(costs, errors, limits)
     assert found.gap <= 1e-5
     assert (sum(c[i] for c, i in zip(costs, found.at, strict=True)) <= np.asarray(limits)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), things=st.integers(1, 5), budgets=st.integers(1, 3), share=st.floats(0.3, 1.1))
+def test_an_estimate_is_the_error_of_a_choice(seed: int, things: int, budgets: int, share: float):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 6, things)
+    costs = [rng.integers(1, 10**6, (n, budgets)).astype(float) for n in counts]
+    errors = [rng.exponential(size=n) for n in counts]
+    limits = list(share * sum(c.mean(0) for c in costs))
+    best = brute(costs, errors, limits)
+    try:
+        estimate = estimated(costs, errors, limits)
+    except Infeasible:
+        estimate = np.inf
+    assert estimate >= (np.inf if best is None else best * (1 - 1e-9))
+    sums = {round(sum(e[i] for e, i in zip(errors, at, strict=True)), 9)
+            for at in itertools.product(*(range(n) for n in counts))}  # fmt: skip
+    assert estimate == np.inf or round(estimate, 9) in sums
+
+
+def test_what_is_of_no_interest():
+    costs, errors = [np.array([[0.0], [1.0]])] * 2, [np.array([2.0, 0.5])] * 2
+    assert choose(costs, errors, [1.0]).error == 2.5
+    assert choose(costs, errors, [1.0], below=3.0).at in ((0, 1), (1, 0))
+    with pytest.raises(Infeasible, match=r"no choice within the budgets has an error below 2\.4"):
+        choose(costs, errors, [1.0], below=2.4)
 
 
 def test_solvers_do_not_print(capfd: pytest.CaptureFixture[str]):

@@ -1,6 +1,7 @@
 """One choice for each of many things under several budgets: the multiple-choice knapsack, solved to optimality."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,16 +31,19 @@ class Choice:
         return max(0.0, (self.error - self.bound) / self.error) if self.error > 0 else 0.0
 
 
-def choose(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Sequence[float]) -> Choice:
+def choose(
+    costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Sequence[float], below: float = math.inf
+) -> Choice:
     """The options, one of each thing, that have the least error in sum and are within the limits.
 
     Args:
         costs: of each thing (options, budgets).
         errors: of each thing (options,), not negative.
         limits: (budgets,).
+        below: choices with more error than this are of no interest.
 
     Raises:
-        Infeasible: no choice is within the limits.
+        Infeasible: no choice is within the limits, or it is of no interest.
     """
     if not costs:
         if any(limit < 0 for limit in limits):
@@ -51,7 +55,7 @@ def choose(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Se
         return Choice(least, error, error)
     strict = np.asarray(limits, float)
     for tightened in (0.0, 2e-6, 1e-5):  # what the solver takes for within a limit may be above it by a rounding
-        at, bound = _solved(costs, errors, strict - tightened * np.abs(strict))
+        at, bound = _solved(costs, errors, strict - tightened * np.abs(strict), below)
         if (sum(c[i] for c, i in zip(costs, at, strict=True)) <= strict).all():
             break
     else:
@@ -60,14 +64,24 @@ def choose(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Se
     return Choice(at, error, min(bound, error))
 
 
+def estimated(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Sequence[float]) -> float:
+    """The error of a choice within the limits that is near the best; infinite where none was found."""
+    if not costs or not limits:
+        return choose(costs, errors, limits).error
+    costs, errors, scaled, unit = _scaled(costs, errors, np.asarray(limits, float))
+    return unit * _relaxed(costs, errors, scaled).known
+
+
 def _solved(
-    costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray
+    costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray, below: float
 ) -> tuple[tuple[int, ...], float]:
     """The choice, and a bound on the error of all."""
-    scale = np.maximum(np.max([np.abs(c).max(0) for c in costs], 0), np.maximum(np.abs(limits), 1.0)) / LARGE
-    unit = max(*(float(e.max()) for e in errors), 1e-300)
-    costs, errors, limits = [c / scale for c in costs], [e / unit for e in errors], limits / scale
-    left = _worthwhile(costs, errors, limits)
+    costs, errors, limits, unit = _scaled(costs, errors, limits)
+    relaxed = _relaxed(costs, errors, limits)
+    above = min(relaxed.known, below / unit) - relaxed.bound + SLACK
+    left = [np.flatnonzero(p - p.min() <= above) for p in relaxed.priced]
+    if not all(map(len, left)):
+        raise Infeasible(f"no choice within the budgets has an error below {below:.3g}")
     costs, errors = ([x[i] for x, i in zip(given, left, strict=True)] for given in (costs, errors))
     one_each, spent, starts = _rows(costs)
     things = np.ones(len(errors))
@@ -86,29 +100,46 @@ def _solved(
     return at, -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound) * unit
 
 
-def _worthwhile(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray) -> list[np.ndarray]:
-    """The options of each thing that a best choice may hold.
+@dataclass(frozen=True, eq=False)
+class _Relaxed:
+    """Of the problem in which options can be mixed: its error is below that of all choices.
 
-    The relaxed problem bounds the error of all choices from below, and with its prices of those that hold an option,
-    too; rounded to the cheaper of the options that it mixes it is a choice, and what is above that cannot be best.
+    Attributes:
+        priced: of each thing (options,): errors with the prices of their costs; a choice that holds an option has at
+            least as much more error than `bound` as this is above the least one of the thing.
+        bound: the error.
+        known: the error of a choice, made by taking the cheaper of the options that are mixed; infinite if it is none.
     """
+
+    priced: list[np.ndarray]
+    bound: float
+    known: float
+
+
+def _relaxed(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray) -> _Relaxed:
     one_each, spent, starts = _rows(costs)
-    relaxed = linprog(
+    found = linprog(
         np.concatenate(errors), A_ub=spent, b_ub=limits, A_eq=one_each, b_eq=np.ones(len(errors)), bounds=(0, 1)
     )
-    if relaxed.x is None:
-        raise Infeasible(f"infeasible: no choice is within the budgets ({relaxed.message})")
-    shares = [relaxed.x[a:b] for a, b in itertools.pairwise(starts)]
+    if found.x is None:
+        raise Infeasible(f"infeasible: no choice is within the budgets ({found.message})")
+    prices = -found.ineqlin.marginals
+    priced = [e + c @ prices for c, e in zip(costs, errors, strict=True)]
+    shares = [found.x[a:b] for a, b in itertools.pairwise(starts)]
     mixed = [np.flatnonzero(x > x.max() / 1e6) for x in shares]
     rounded = [own[c[own].max(1).argmin()] for own, c in zip(mixed, costs, strict=True)]
     room = limits - sum(c[i] for c, i in zip(costs, rounded, strict=True))
-    if (room < 0).any():
-        return [np.arange(len(e)) for e in errors]
-    known = _filled(costs, errors, rounded, room)
-    prices = -relaxed.ineqlin.marginals
-    priced = [e + c @ prices for c, e in zip(costs, errors, strict=True)]
-    bound = sum(p.min() for p in priced) - prices @ limits
-    return [np.flatnonzero(p - p.min() <= known - bound + SLACK) for p in priced]
+    known = _filled(costs, errors, rounded, room) if (room >= 0).all() else math.inf
+    return _Relaxed(priced, float(sum(p.min() for p in priced) - prices @ limits), known)
+
+
+def _scaled(
+    costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, float]:
+    """The same with costs and limits up to `LARGE` and errors up to 1, and what one of error was."""
+    scale = np.maximum(np.max([np.abs(c).max(0) for c in costs], 0), np.maximum(np.abs(limits), 1.0)) / LARGE
+    unit = max(*(float(e.max()) for e in errors), 1e-300)
+    return [c / scale for c in costs], [e / unit for e in errors], limits / scale, unit
 
 
 def _filled(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], at: Sequence[int], room: np.ndarray) -> float:

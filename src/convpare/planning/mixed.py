@@ -9,7 +9,7 @@ import numpy as np
 
 from convpare.errors import Infeasible
 from convpare.graph.structure import Graph, Layer
-from convpare.planning.knapsack import choose
+from convpare.planning.knapsack import choose, estimated
 from convpare.planning.options import Chain, dense_cost
 from convpare.planning.solver import CostModel, Ends, Times, price_shares, whole
 
@@ -53,20 +53,26 @@ class MixedModel(CostModel):
     def _summed(self, costs: Iterable[np.ndarray]) -> np.ndarray:
         return sum(costs, np.zeros(len(self.metrics)))
 
-    def best_chains(self, counts: np.ndarray, limits: Mapping[str, float]) -> tuple[list[Chain | None], float]:
+    def best_chains(
+        self, counts: np.ndarray, limits: Mapping[str, float], below: float = math.inf
+    ) -> tuple[list[Chain | None], float]:
         """What each layer becomes when the groups keep so many channels (None: it stays as it is), for the least error
         within the limits; and the relative gap within which that is proven.
 
         Raises:
-            Infeasible: no choice is within the limits.
+            Infeasible: no choice is within the limits with an error below that.
         """
+        found = choose(*self._problem(counts, limits), below)
+        return [c.chains[i - 1] if i else None for c, i in zip(self.choices, found.at, strict=True)], found.gap
+
+    def _problem(
+        self, counts: np.ndarray, limits: Mapping[str, float]
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[float]]:
+        """Costs and errors of what each layer could become, and what is left of the limits."""
         base, sizes = self.cost(counts), self._sizes(counts)
         at = [self.metrics.index(metric) for metric in limits]
         costs = [self._costs(n, sizes)[:, at] for n in range(len(self.choices))]
-        found = choose(
-            costs, [_errors(c) for c in self.choices], [limit - base[metric] for metric, limit in limits.items()]
-        )
-        return [c.chains[i - 1] if i else None for c, i in zip(self.choices, found.at, strict=True)], found.gap
+        return costs, [_errors(c) for c in self.choices], [limit - base[m] for m, limit in limits.items()]
 
     def priced(
         self, levels: Sequence[np.ndarray], curves: Sequence[np.ndarray], limits: Mapping[str, float]
@@ -77,7 +83,7 @@ class MixedModel(CostModel):
         Lagrangian: with a price on every cost, one group after the other takes the count at which its error, and what
         it and its layers cost with their best chains for that count, are least together. The lowest price that meets
         the limits is searched, and where there are several limits the price of one against the other. Of the most
-        promising counts on the way the best is taken, by the best chains for each.
+        promising counts on the way the best is taken, by good chains for each.
 
         Args:
             levels: the counts that each group may keep, all channels first.
@@ -90,9 +96,8 @@ class MixedModel(CostModel):
         for at, prices in candidates.items():
             counts = np.array([allowed[i] for allowed, i in zip(levels, at, strict=True)], float)
             with contextlib.suppress(Infeasible):
-                chains, _ = self.best_chains(counts, limits)
                 error = sum(float(curve[i]) for curve, i in zip(curves, at, strict=True))
-                error += sum(chain.error for chain in chains if chain is not None)
+                error += estimated(*self._problem(counts, limits))
                 if best is None or error < best[0]:
                     best = error, counts, prices
         return None if best is None else best[1:]

@@ -381,31 +381,33 @@ def _choose_mixed(statistics: Statistics, budget: Budget, options: PlanOptions) 
         left = statistics.chains_after(keep_of(graph, orders, counts), times is not None, forms)
         return fitting((left[choices.layer.name] for choices in offered), counts)
 
-    def chosen(counts: np.ndarray, choices: Sequence[Choices]) -> _Chosen:
+    def chosen(counts: np.ndarray, choices: Sequence[Choices], below: float) -> _Chosen:
         keep = keep_of(graph, orders, counts)
-        chains, gap = MixedModel(graph, choices, times).best_chains(counts, limits)
+        removed = float(errors[~keep].sum())
+        chains, gap = MixedModel(graph, choices, times).best_chains(counts, limits, below - removed)
         edits = tuple(
             Factorize(x.layer.name, chain.form, (chain.rank,), _shape(graph, x.layer, keep), chain.error)
             for x, chain in zip(choices, chains, strict=True)
             if chain is not None
         )
-        return _Chosen(keep, _removal_errors(statistics, rankings), edits, {"gap": gap})
+        return _Chosen(keep, errors, edits, {"gap": gap})
 
-    tries: list[Callable[[], _Chosen]] = [
-        lambda: chosen(most, offered if (most == model.whole).all() else narrower(most))
-    ]
+    errors = _removal_errors(statistics, rankings)
+    tries: list[Callable[[float], _Chosen]] = []
     if rankings:
         alone = Allocation(CostModel(graph, times), levels, curves, limits)
         allocate(alone)
-        tries.append(lambda: chosen(alone.kept, ()))
+        tries.append(lambda below: chosen(alone.kept, (), below))
         if (priced := model.priced(levels, curves, limits)) is not None:
             counts, prices = priced
-            tries.append(lambda: chosen(counts, narrower(counts, model.promising(counts, prices))))
-    found = []
+            tries.append(lambda below: chosen(counts, narrower(counts, model.promising(counts, prices)), below))
+    tries.append(lambda below: chosen(most, offered if (most == model.whole).all() else narrower(most), below))
+    best: _Chosen | None = None
     for attempt in tries:
         with contextlib.suppress(Infeasible):
-            found.append(attempt())
-    return min(found, key=lambda choice: choice.error) if found else tries[0]()
+            found = attempt(math.inf if best is None else best.error)
+            best = found if best is None or found.error < best.error else best
+    return tries[-1](math.inf) if best is None else best
 
 
 def _within(graph: Graph, choices: Choices, counts: np.ndarray, limit: float) -> Choices:
