@@ -4,8 +4,10 @@ import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,6 +247,42 @@ def test_traced_again():
         if again == "graph":
             assert [(g.name, g.channels) for g in graph.groups] == [("first", 11)]
             assert removed(form, graph, keep).first.weight.shape[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("middle", "after"),
+    [
+        (lambda net, y: y * F.pad(y, (0, 0, 0, 0, -15, 0)), 16),
+        (lambda net, y: torch.cat([y.new_zeros(2, 1, 8, 8).copy_(F.pad(y, (0, 0, 0, 0, 0, -15))), y], 1), 17),
+        (lambda net, y: torch.cat([F.pixel_shuffle(part, 2) for part in y.split(4, 1)], 1), 4),
+    ],
+)
+def test_what_becomes_one_channel_stays(middle: Any, after: int):
+    """An axis of one channel has no labels; what it came from must not go."""
+    model = sandwich(middle, c_after=after)
+    for form in ("module", "graph"):
+        graph = trace(model, IMAGE, form)
+        for group in graph.groups:
+            keep = graph.keep_all()
+            keep[group.units] = False
+            keep[group.start] = True
+            assert self_check(model, graph, keep).passed
+        assert graph.channels < 16
+        assert any("one channel" in frozen.reason for frozen in graph.frozen)
+
+
+def test_a_size_that_is_left_open_when_all_channels_of_a_part_go():
+    """The two channels of the part go; what was -1 is then written out, of the batch as its size."""
+    closed = sandwich(lambda net, y: y[:, 4:6].unflatten(1, (-1, 2)).sum(2) * y)
+    batch = sandwich(lambda net, y: y + y[:, 4:6].permute(0, 2, 3, 1).reshape(-1, 2).sum() / 7)
+    for model in (closed, batch):
+        graph = trace(model, IMAGE, "graph")
+        keep = graph.keep_all()
+        keep[graph.groups[0].start + np.arange(4, 6)] = False
+        assert graph.channels == 16
+        assert self_check(model, graph, keep).passed
+        small = removed(model, graph, keep)
+        assert small(torch.zeros(3, *IMAGE.shape[1:])).shape[0] == 3
 
 
 def test_a_range_that_is_empty_at_the_end():

@@ -28,6 +28,7 @@ from convpare.graph.structure import Graph, Path
 from convpare.graph.tracer import operator_name
 
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+RESHAPES = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.unflatten")
 DROPOUTS: dict[str, type[nn.Module]] = {
     "aten.dropout": nn.Dropout, "aten.dropout_": nn.Dropout, "aten.alpha_dropout": nn.AlphaDropout,
     "aten.feature_dropout": nn.Dropout2d, "aten.feature_dropout_": nn.Dropout2d,
@@ -114,9 +115,23 @@ class _Builder:
         args, kwargs = rewritten(node.args, node.kwargs, self.rewrites.get(node.name, ()), self.keep)
         for path in self.batched.get(node.name, ()):
             args, kwargs = replaced(args, kwargs, path, self._batch)
+        if name in RESHAPES:
+            args = self._closed(node, args)
         args, kwargs = pytree.tree_map_only(torch.device, lambda _: self._device(), (args, kwargs))
         new = map_arg((args, kwargs), lambda n: self.known.get(n, n))
         return self.new.call_function(node.target, *new)  # type: ignore[arg-type]
+
+    def _closed(self, node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With the size in place of a -1 where another is 0, as when all channels of a part go; -1 is then unknown."""
+        at = 2 if operator_name(node) == "aten.unflatten" else 1
+        sizes = list(args[at])
+        if not any(type(size) is int and size == 0 for size in sizes) or -1 not in sizes:
+            return args
+        shape, open_ = node.meta["val"].shape, sizes.index(-1)
+        axis = open_ + (int(args[1]) % (len(shape) - len(sizes) + 1) if at == 2 else 0)
+        batched = axis == 0 and self.batched and shape[0] % self.graph.inputs[0][0] == 0
+        sizes[open_] = self._batch(shape[0]) if batched else shape[axis]
+        return (*args[:at], sizes, *args[at + 1 :])
 
     def _device(self) -> Node:
         """Where a forward makes tensors, it makes them beside its input."""

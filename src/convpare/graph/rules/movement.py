@@ -371,7 +371,7 @@ def _pad_channels(t: Tracer, field: Tensor, axis: int, widths: tuple[int, int]) 
         t.spell((1, first), labels, span=(0, cropped), sign=-1)
     if ending < len(labels):
         t.spell((1, first + 1), labels, span=(ending, len(labels)), sign=-1)
-    return along(padded, axis, field.ndim)
+    return _part(t, field, along(padded, axis, field.ndim), axis)
 
 
 @rule("aten.pixel_shuffle")
@@ -382,7 +382,7 @@ def pixel_shuffle(t: Tracer, x: Value, factor: int) -> Value:
         moved = executed(t, x, field, [factor], {})
         channels = moved.narrow(-1, 0, 1).narrow(-2, 0, 1)
         t.labels.unify(channels, moved)
-        fields.append(compact(channels))
+        fields.append(_part(t, field, compact(channels), x.ndim - 3))
     return x.like(t.shape, fields)
 
 
