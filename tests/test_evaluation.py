@@ -144,15 +144,6 @@ def test_no_images_bad_limit_and_no_classifier():
 
 
 @pytest.mark.real
-def test_resnet56_on_all_test_images(shared: Path):
-    source = load_model("convpare:resnet56", weights=shared / "weights/resnet56-cifar10.safetensors")
-    data = load_data(f"cifar10:{shared / 'data/cifar10'}", default=source.preprocessing)
-    assert data.test is not None
-    result = evaluate(source.module, data.test)
-    assert (result.images, round(result.top1, 2)) == (10_000, 93.39)
-
-
-@pytest.mark.real
 def test_mobilenet_on_imagenet500(shared: Path, tmp_path: Path):
     pytest.importorskip("timm")
     (tmp_path / "train").symlink_to(shared / "data/imagenet-calib", target_is_directory=True)
