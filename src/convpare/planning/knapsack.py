@@ -1,4 +1,8 @@
-"""One choice for each of many things under several budgets: the multiple-choice knapsack, solved to optimality."""
+"""One choice for each of many things under several budgets: the multiple-choice knapsack, solved to optimality.
+
+The relaxed problem, in which options can be mixed, gives prices. By them most options are in no best choice; those that
+are left are put together thing by thing, without what another beats in error and all costs.
+"""
 
 import itertools
 import math
@@ -6,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array, vstack
+from scipy.optimize import linprog
+from scipy.sparse import csr_array
 
 from convpare.errors import Infeasible
 
-GAP = 1e-6  # relative, at which the search ends
 SLACK = 1e-9  # of the largest error: a rounding of the relaxed problem
-LARGE = 1e3  # what costs and limits are scaled to: the solver's tolerance of 1e-6 is then a billionth of them
-SECONDS = 30.0  # after which the best choice so far is taken
+STATES = 20_000  # of so many beginnings of choices at a time the most promising go on
+THRESHOLDS = 32  # of costs, by which beginnings are compared where there are several budgets
 
 
 @dataclass(frozen=True)
@@ -53,98 +56,75 @@ def choose(
         least = tuple(int(e.argmin()) for e in errors)
         error = float(sum(e.min() for e in errors))
         return Choice(least, error, error)
-    strict = np.asarray(limits, float)
-    for tightened in (0.0, 2e-6, 1e-5):  # what the solver takes for within a limit may be above it by a rounding
-        at, bound = _solved(costs, errors, strict - tightened * np.abs(strict), below)
-        if (sum(c[i] for c, i in zip(costs, at, strict=True)) <= strict).all():
-            break
-    else:
-        raise Infeasible("infeasible: no choice is within the budgets to the last digit; give slightly larger ones")
-    error = float(sum(e[i] for e, i in zip(errors, at, strict=True)))
-    return Choice(at, error, min(bound, error))
+    relaxed = _Relaxed.of(costs, errors, np.asarray(limits, float))
+    found = _searched(costs, errors, np.asarray(limits, float), relaxed, below)
+    if not found.at and below == math.inf > found.bound:
+        raise Infeasible("no choice within the budgets was found; give slightly larger ones")
+    if not found.at or found.error > below:
+        wanted = "" if below == math.inf else f" with an error below {below:.3g}"
+        raise Infeasible(f"infeasible: no choice is within the budgets{wanted}")
+    return found
 
 
 def estimated(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: Sequence[float]) -> float:
-    """The error of a choice within the limits that is near the best; infinite where none was found."""
+    """The error of a choice within the limits that is near the best; infinite where none was found.
+
+    Raises:
+        Infeasible: there is none, not even of mixed options.
+    """
     if not costs or not limits:
         return choose(costs, errors, limits).error
-    costs, errors, scaled, unit = _scaled(costs, errors, np.asarray(limits, float))
-    return unit * _relaxed(costs, errors, scaled).known
-
-
-def _solved(
-    costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray, below: float
-) -> tuple[tuple[int, ...], float]:
-    """The choice, and a bound on the error of all."""
-    costs, errors, limits, unit = _scaled(costs, errors, limits)
-    relaxed = _relaxed(costs, errors, limits)
-    above = min(relaxed.known, below / unit) - relaxed.bound + SLACK
-    left = [np.flatnonzero(p - p.min() <= above) for p in relaxed.priced]
-    if not all(map(len, left)):
-        raise Infeasible(f"no choice within the budgets has an error below {below:.3g}")
-    costs, errors = ([x[i] for x, i in zip(given, left, strict=True)] for given in (costs, errors))
-    one_each, spent, starts = _rows(costs)
-    things = np.ones(len(errors))
-    found = milp(  # without its presolve, which has more solutions outside the limits, and prints when it repairs one
-        np.concatenate(errors),
-        constraints=LinearConstraint(
-            vstack([one_each, spent]), [*things, *np.full(len(limits), -np.inf)], [*things, *limits]
-        ),
-        integrality=np.ones(starts[-1]),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
-    )
-    if found.x is None:
-        raise Infeasible(f"infeasible: no choice is within the budgets ({found.message})")
-    at = tuple(int(own[np.argmax(found.x[a:b])]) for own, (a, b) in zip(left, itertools.pairwise(starts), strict=True))
-    return at, -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound) * unit
+    return _Relaxed.of(costs, errors, np.asarray(limits, float)).error
 
 
 @dataclass(frozen=True, eq=False)
 class _Relaxed:
-    """Of the problem in which options can be mixed: its error is below that of all choices.
+    """What the relaxed problem tells, errors in units of the largest.
 
     Attributes:
-        priced: of each thing (options,): errors with the prices of their costs; a choice that holds an option has at
-            least as much more error than `bound` as this is above the least one of the thing.
-        bound: the error.
-        known: the error of a choice, made by taking the cheaper of the options that are mixed; infinite if it is none.
+        priced: of each thing (options,): how much more error than `bound` a choice has at least that holds an option.
+        bound: no choice has less error.
+        at: a choice within the limits, made by taking the cheaper of the options that are mixed, and then better ones
+            where there is room; none where that is none.
+        error: of that choice, in its own unit; infinite if there is none.
+        unit: the largest error.
     """
 
     priced: list[np.ndarray]
     bound: float
-    known: float
+    at: tuple[int, ...]
+    error: float
+    unit: float
+
+    @staticmethod
+    def of(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray) -> "_Relaxed":
+        counts = [len(e) for e in errors]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        each = csr_array((np.ones(starts[-1]), (np.repeat(np.arange(len(counts)), counts), np.arange(starts[-1]))))
+        scale = np.maximum(np.max([np.abs(c).max(0) for c in costs], 0), np.maximum(np.abs(limits), 1.0))
+        unit = max(*(float(e.max()) for e in errors), 1e-300)
+        objective, spent = np.concatenate(errors) / unit, np.concatenate(costs) / scale
+        solved = linprog(
+            objective, A_ub=csr_array(spent.T), b_ub=limits / scale, A_eq=each, b_eq=np.ones(len(counts)), bounds=(0, 1)
+        )
+        if solved.x is None:
+            raise Infeasible(f"infeasible: no choice is within the budgets ({solved.message})")
+        prices = -np.asarray(solved.ineqlin.marginals)
+        priced = np.split(objective + spent @ prices, starts[1:-1])
+        bound = float(sum(p.min() for p in priced) - prices @ (limits / scale))
+        mixed = [np.flatnonzero(x > x.max() / 1e6) for x in np.split(solved.x, starts[1:-1])]
+        at = [int(own[(c[own] / scale).max(1).argmin()]) for own, c in zip(mixed, costs, strict=True)]
+        room = limits - sum(c[i] for c, i in zip(costs, at, strict=True))
+        at = _filled(costs, errors, at, room) if (room >= 0).all() else []
+        error = float(sum(e[i] for e, i in zip(errors, at, strict=True))) if at else math.inf
+        return _Relaxed([p - p.min() for p in priced], bound, tuple(at), error, unit)
 
 
-def _relaxed(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray) -> _Relaxed:
-    one_each, spent, starts = _rows(costs)
-    found = linprog(
-        np.concatenate(errors), A_ub=spent, b_ub=limits, A_eq=one_each, b_eq=np.ones(len(errors)), bounds=(0, 1)
-    )
-    if found.x is None:
-        raise Infeasible(f"infeasible: no choice is within the budgets ({found.message})")
-    prices = -found.ineqlin.marginals
-    priced = [e + c @ prices for c, e in zip(costs, errors, strict=True)]
-    shares = [found.x[a:b] for a, b in itertools.pairwise(starts)]
-    mixed = [np.flatnonzero(x > x.max() / 1e6) for x in shares]
-    rounded = [own[c[own].max(1).argmin()] for own, c in zip(mixed, costs, strict=True)]
-    room = limits - sum(c[i] for c, i in zip(costs, rounded, strict=True))
-    known = _filled(costs, errors, rounded, room) if (room >= 0).all() else math.inf
-    return _Relaxed(priced, float(sum(p.min() for p in priced) - prices @ limits), known)
-
-
-def _scaled(
-    costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray
-) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, float]:
-    """The same with costs and limits up to `LARGE` and errors up to 1, and what one of error was."""
-    scale = np.maximum(np.max([np.abs(c).max(0) for c in costs], 0), np.maximum(np.abs(limits), 1.0)) / LARGE
-    unit = max(*(float(e.max()) for e in errors), 1e-300)
-    return [c / scale for c in costs], [e / unit for e in errors], limits / scale, unit
-
-
-def _filled(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], at: Sequence[int], room: np.ndarray) -> float:
-    """The error of all when things that can take a better option within the room that is left do so, the one that
-    gains most first.
+def _filled(
+    costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], at: Sequence[int], room: np.ndarray
+) -> list[int]:  # fmt: skip
+    """The choice, when things that can take a better option within the room that is left do so, the one that gains most
+    first.
     """
     at = list(at)
     while True:
@@ -155,14 +135,90 @@ def _filled(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], at: Seque
         ]
         gain, n, option = max(best)
         if gain <= 0:
-            return float(sum(e[i] for e, i in zip(errors, at, strict=True)))
+            return at
         room = room - (costs[n][option] - costs[n][at[n]])
         at[n] = option
 
 
-def _rows(costs: Sequence[np.ndarray]) -> tuple[csr_array, csr_array, np.ndarray]:
-    """The matrices of "one option of each thing" and of what options cost, and where things start in their columns."""
-    counts = [len(c) for c in costs]
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    one_each = csr_array((np.ones(starts[-1]), (np.repeat(np.arange(len(counts)), counts), np.arange(starts[-1]))))
-    return one_each, csr_array(np.concatenate(costs).T), starts
+@dataclass(frozen=True, eq=False)
+class _Beginnings:
+    """Choices of some of the things: what they spend (n, budgets), their error (n,), how much more error than the bound
+    the best choices have that begin so (n,), and where each comes from: number of the shorter one · options + option.
+    """
+
+    spent: np.ndarray
+    error: np.ndarray
+    above: np.ndarray
+    source: np.ndarray
+
+    def of(self, which: np.ndarray) -> "_Beginnings":
+        return _Beginnings(self.spent[which], self.error[which], self.above[which], self.source[which])
+
+
+def _searched(
+    costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], limits: np.ndarray, relaxed: _Relaxed, below: float
+) -> Choice:
+    """The best choice; its error is infinite where there is none that is at most `below`."""
+    room = min(relaxed.error, below) / relaxed.unit - relaxed.bound + SLACK
+    left = [np.flatnonzero(p <= room) for p in relaxed.priced]
+    lost = math.inf  # how far above the bound the best of those is that were given up
+    best = Choice(relaxed.at, relaxed.error, relaxed.error)
+    if all(map(len, left)):
+        order = sorted(range(len(left)), key=lambda n: len(left[n]))
+        least = np.array([costs[n][left[n]].min(0) for n in order])
+        after = np.concatenate([np.cumsum(least[::-1], 0)[::-1], np.zeros((1, len(limits)))])
+        now = _Beginnings(np.zeros((1, len(limits))), np.zeros(1), np.zeros(1), np.zeros(1, int))
+        sources = []
+        for number, n in enumerate(order):
+            own = left[n]
+            above = (now.above[:, None] + relaxed.priced[n][own]).ravel()
+            source = np.flatnonzero(above <= room)
+            before, option = np.divmod(source, len(own))
+            spent = now.spent[before] + costs[n][own[option]]
+            error = now.error[before] + errors[n][own[option]] / relaxed.unit
+            fits = (spent + after[number + 1] <= limits).all(1)
+            now = _Beginnings(spent, error, above[source], source).of(fits)
+            for most, compared in ((8 * STATES, True), (STATES, False)):
+                now, given_up = _nearest(now, most)
+                lost = min(lost, given_up)
+                now = now.of(_undominated(now)) if compared else now
+            sources.append(now.source)
+        if len(now.error) and (error_ := float(now.error.min()) * relaxed.unit) < best.error:
+            best = Choice(_traced(order, left, sources, int(now.error.argmin())), error_, error_)
+    return Choice(best.at, best.error, min(best.error, (relaxed.bound + lost) * relaxed.unit))
+
+
+def _traced(
+    order: Sequence[int], left: Sequence[np.ndarray], sources: Sequence[np.ndarray], last: int
+) -> tuple[int, ...]:  # fmt: skip
+    """The options of the choice that ends there."""
+    at = [0] * len(order)
+    for n, source in zip(reversed(order), reversed(sources), strict=True):
+        last, option = divmod(int(source[last]), len(left[n]))
+        at[n] = int(left[n][option])
+    return tuple(at)
+
+
+def _nearest(now: _Beginnings, most: int) -> tuple[_Beginnings, float]:
+    """So many beginnings that are nearest to the bound, and how far above it the nearest of the others is."""
+    if len(now.error) <= most:
+        return now, math.inf
+    order = np.argpartition(now.above, most)
+    return now.of(order[:most]), float(now.above[order[most:]].min())
+
+
+def _undominated(now: _Beginnings) -> np.ndarray:
+    """Which beginnings stay when those go than which another is no worse in error and all costs; by thresholds of the
+    second cost on where there are several, so that some may be overlooked.
+    """
+    order = np.lexsort((now.error, *now.spent.T[::-1]))
+    others, error = now.spent[order, 1:], now.error[order]
+    stays = np.ones(len(order), bool)
+    steps = round(THRESHOLDS ** (1 / max(others.shape[1], 1)))
+    grid = np.quantile(others, np.linspace(0, 1, steps + 1)[1:-1], axis=0) if others.size else others
+    for threshold in itertools.product(*grid.T):
+        low, high = (others <= threshold).all(1), (others > threshold).all(1)
+        least = np.minimum.accumulate(np.where(low, error, np.inf))
+        before = np.concatenate([[np.inf], least[:-1]])
+        stays &= ~((before <= error) & (high if others.shape[1] else True))
+    return order[stays]
