@@ -1,4 +1,4 @@
-"""One choice for each of many things under several budgets: the multiple-choice knapsack, solved to optimality.
+"""One choice for each of many things under several budgets: the multiple-choice knapsack, to optimality or a known gap.
 
 The relaxed problem, in which options can be mixed, gives prices. By them most options are in no best choice; those that
 are left are put together thing by thing, without what another beats in error and all costs.
